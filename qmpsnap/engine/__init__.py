@@ -1,0 +1,1 @@
+"""What the verbs do, in terms of the floors below."""

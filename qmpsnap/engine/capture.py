@@ -1,0 +1,139 @@
+"""The point in time: the modes of the plan are tried in turn until one took RAM and disks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.engine.plan import Plan
+from qmpsnap.errors import AgentError, IllegalMove, PauseTooLong
+from qmpsnap.hypervisor.guest import quiesce
+from qmpsnap.hypervisor.guest.watchdog import Watchdog
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.schema import Abilities
+from qmpsnap.hypervisor.vmstate import live, target
+from qmpsnap.hypervisor.vmstate.background import background
+from qmpsnap.hypervisor.vmstate.paused import disks_only, paused
+from qmpsnap.hypervisor.vmstate.session import Fix, Pause, RamMode, Session
+
+log = logging.getLogger(__name__)
+Report = Callable[[str, int, int], None]
+"""Called with what is going on, how much of it is done, and how much there is (bytes)."""
+
+_BESIDE_RAM = 96 << 20  # bytes of a stream that are not RAM pages: devices, video RAM, ROMs
+_FREEZE_WITHIN = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What was taken and how. *frozen_ms* is None if the guest was not frozen."""
+
+    mode: RamMode
+    reason: str
+    pause: Pause
+    frozen_ms: float | None
+
+
+@dataclass(slots=True)
+class Shot:
+    """One attempt at the point in time and everything that it needs."""
+
+    plan: Plan
+    monitor: Monitor
+    watchdog: Watchdog
+    abilities: Abilities
+    agent: Path | None
+    raw: Path
+    fix: Fix
+    report: Report
+
+    async def take(self) -> Captured:
+        """Try the plan's modes in turn.
+
+        Raises PauseTooLong, MigrationFailed and what QEMU, the agent and the disk say; the guest
+        then runs as before, but the transaction may have happened: look.
+        """
+        reason = self.plan.why
+        for mode, further in zip(self.plan.modes, (*self.plan.modes[1:], None), strict=True):
+            try:
+                pause, frozen_ms = await self._one(mode, last=further is None)
+            except live.DoesNotConverge as stuck:
+                if further is None:
+                    raise
+                log.info("%s; going on with %s", stuck, further)
+                reason = f"live did not converge: {stuck}"
+                self.raw.unlink(missing_ok=True)
+                continue
+            bound = self.plan.max_pause
+            if bound is not None and pause.milliseconds > bound * 1000:
+                raise PauseTooLong(
+                    f"the guest was held {pause.milliseconds:.0f} ms, more than {bound * 1000:g}"
+                )
+            return Captured(mode, reason, pause, frozen_ms)
+        raise IllegalMove("a plan without a RAM mode")
+
+    async def _one(self, mode: RamMode, *, last: bool) -> tuple[Pause, float | None]:
+        session = Session(
+            self.monitor,
+            self.watchdog,
+            self.plan.running,
+            self.plan.max_pause,
+            progress=lambda done, total: self.report(f"saving RAM ({mode})", done, total),
+        )
+        if not self.plan.freeze:
+            await self._run(mode, session, last=last)
+            return session.pause, None
+        assert self.agent is not None
+        freezer = quiesce.Freezer(self.agent)
+        async with (
+            self.watchdog.owing("thaw", within=_FREEZE_WITHIN + session.deadline),
+            quiesce.thawed_after(freezer),
+        ):
+            if mode is RamMode.LIVE:
+                await self._run(mode, session, last=last, before=freezer.freeze)
+            else:
+                await freezer.freeze()
+                await self._run(mode, session, last=last, after=freezer.thaw)
+        if not freezer.state.held:
+            raise AgentError(
+                f"frozen were {freezer.state.count} file systems, thawed {freezer.state.thawed}: "
+                "somebody thawed the guest meanwhile"
+            )
+        return session.pause, freezer.state.milliseconds
+
+    async def _run(
+        self,
+        mode: RamMode,
+        session: Session,
+        *,
+        last: bool,
+        before: Fix | None = None,
+        after: Fix | None = None,
+    ) -> None:
+        if mode is RamMode.NONE:
+            await disks_only(session, self.fix)
+        elif mode is RamMode.BACKGROUND:
+            size = self.plan.ram_bytes + self.plan.ram_bytes // 256 + _BESIDE_RAM
+            async with target.drained(self.monitor, self.raw, size=size) as drain:
+                await background(
+                    session,
+                    drain,
+                    self.fix,
+                    failure_safe=self.abilities.background_safe,
+                    then=after,
+                )
+        else:
+            async with self._direct() as file:
+                if mode is RamMode.PAUSED:
+                    await paused(session, file, self.fix)
+                else:
+                    aim = live.Aim(self.plan.pause, self.plan.budget, stretch=last)
+                    await live.live(session, file, self.fix, aim, before_switch=before)
+
+    @asynccontextmanager
+    async def _direct(self) -> AsyncIterator[target.Target]:
+        async with target.direct(self.monitor, self.raw, file_uri=self.abilities.file_uri) as file:
+            yield file

@@ -1,0 +1,74 @@
+"""The engine as programs use it: one method a verb, many VMs in one event loop, no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qmpsnap.engine import create, listing, recover, ship
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.plan import Plan
+from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.wishes import Wishes
+from qmpsnap.errors import NotShipped
+from qmpsnap.hypervisor.monitor import connect
+from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.remote import Store
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A report that nobody reads."""
+
+
+class Engine:
+    """Paired snapshots between a *local* root and a *store* root.
+
+    *store_within* is the longest time, in seconds, that the store may make no progress.
+    *allow_local_store* is for trials: it takes a store that is no network file system.
+    *report* is called with what is going on, bytes done, bytes in all.
+    """
+
+    def __init__(
+        self,
+        local: Path,
+        store: Path,
+        *,
+        allow_local_store: bool = False,
+        store_within: float = 30.0,
+        report: Report = silent,
+    ) -> None:
+        self.roots = Roots(
+            LocalRoot(local.absolute()),
+            Store(StoreRoot(store.absolute()), store_within),
+            allow_local_store,
+        )
+        self._report = report
+
+    async def plan(self, machine: Machine, wishes: Wishes | None = None) -> Plan:
+        """What `create` would do now, nothing done. Raises Refused."""
+        return await create.planned(self.roots, machine, wishes or Wishes())
+
+    async def create(self, machine: Machine, wishes: Wishes | None = None) -> create.Created:
+        """Take a paired snapshot of a running VM.
+
+        Raises Refused (nothing touched), Failed (the guest is as before, nothing lost),
+        NotShipped (whole in the spool), GuestNeedsHelp.
+        """
+        return await create.create(self.roots, machine, wishes or Wishes(), self._report)
+
+    async def list(self, vm: str | None = None) -> Sequence[Entry]:
+        """Every snapshot of *vm*, or of all VMs, in whatever state it is; oldest first."""
+        return await listing.entries(self.roots, vm)
+
+    async def ship(
+        self, vm: str | None = None
+    ) -> tuple[Sequence[ship.Delivered], Sequence[NotShipped]]:
+        """Deliver what waits in the spools; what could not be delivered, and why, comes second."""
+        return await ship.ship_all(self.roots, vm, self._report)
+
+    async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
+        """Settle what a crashed engine still owed this VM. Raises MonitorAbsent, Failed."""
+        async with connect(machine.socket) as monitor:
+            return await recover.recover(self.roots, machine, monitor)

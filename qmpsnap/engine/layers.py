@@ -1,0 +1,84 @@
+"""The overlays of one snapshot in QEMU: laid before the point in time, or taken back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.engine.plan import PlannedDisk
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import qemu_img
+from qmpsnap.hypervisor.block import fold, graph, overlay
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.ids import NodeName
+
+
+class Laid(msgspec.Struct, frozen=True):
+    """An overlay as the journal remembers it: its node, the node it goes over, its file."""
+
+    node: str
+    base: str
+    path: str
+
+
+def remembered(disks: Iterable[PlannedDisk]) -> list[Laid]:
+    return [
+        Laid(disk.overlay.node, disk.site.disk.top.name, str(disk.overlay.path)) for disk in disks
+    ]
+
+
+async def lay(monitor: Monitor, disks: Sequence[PlannedDisk]) -> None:
+    """Make each overlay's file and open it in QEMU, unused. Raises LocalFailed, CommandRefused."""
+    async with asyncio.TaskGroup() as group:
+        for disk in disks:
+            group.create_task(_make(disk))
+    for disk in disks:
+        await overlay.add(monitor, disk.overlay)
+
+
+async def _make(disk: PlannedDisk) -> None:
+    top = disk.site.disk.top
+    await asyncio.to_thread(disk.overlay.path.parent.mkdir, 0o700, parents=True, exist_ok=True)
+    await qemu_img.create_overlay(
+        disk.overlay.path, Path(disk.site.paths[0]), _format(top), top.virtual_size
+    )
+
+
+def _format(node: graph.Node) -> str:
+    return node.driver if node.driver in {"qcow2", "raw"} else "raw"
+
+
+async def take_back(monitor: Monitor, laid: Sequence[Laid], *, may_be_live: bool) -> list[str]:
+    """Undo `lay`, and the transaction if it happened: decided by what the graph shows.
+
+    An overlay that takes writes is folded into its base while the guest runs on. A file that
+    QEMU does not know is deleted only if it can never have taken a write (not *may_be_live*).
+    Gives the files that were kept for that reason.
+
+    Raises JobFailed or MonitorError with the rest undone as far as possible.
+    """
+    kept = []
+    for one in laid:
+        seen = await graph.query(monitor)
+        node = NodeName(one.node)
+        if node not in seen.nodes:
+            if may_be_live:
+                kept.append(one.path)
+                continue
+        elif any(node == item.name for disk in seen.disks for item in disk.chain):
+            await fold.fold(monitor, node, NodeName(one.base))
+        elif not await overlay.drop(monitor, node):
+            kept.append(one.path)
+            continue
+        await asyncio.to_thread(_unlink, Path(one.path))
+    return kept
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed

@@ -1,0 +1,43 @@
+"""Which snapshots there are, and which one a word on the command line means."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from qmpsnap.engine.roots import Roots, host_id
+from qmpsnap.errors import SnapshotUnknown, StoreError, StoreRefused
+from qmpsnap.store import local
+from qmpsnap.store.catalogue import Entry, join
+
+log = logging.getLogger(__name__)
+LATEST = "latest"
+
+
+async def entries(roots: Roots, vm: str | None = None) -> list[Entry]:
+    """Both roots side by side. A store that does not answer leaves nothing called paired."""
+    here = await asyncio.to_thread(local.survey, roots.local, vm)
+    try:
+        there = await roots.store.catalogue(vm)
+    except (StoreError, StoreRefused) as dead:
+        log.warning("the store could not be asked: %s", dead)
+        there = None
+    return join(here, there, host=host_id())
+
+
+async def find(roots: Roots, vm: str, word: str = LATEST) -> Entry:
+    """The snapshot that *word* means: an ID, a unique beginning of one, or `latest`.
+
+    `latest` is the newest that is whole (paired or shipping). Raises SnapshotUnknown.
+    """
+    there = await entries(roots, vm)
+    if word == LATEST:
+        whole = [one for one in there if one.state in {"paired", "shipping"}]
+        if not whole:
+            raise SnapshotUnknown(f"{vm} has no whole snapshot")
+        return whole[-1]
+    matching = [one for one in there if one.id.startswith(word)]
+    if len(matching) != 1:
+        many = ", ".join(one.id for one in matching) or "none"
+        raise SnapshotUnknown(f"{word!r} means no single snapshot of {vm}: {many}")
+    return matching[0]

@@ -1,0 +1,248 @@
+"""What a snapshot will do, decided from facts alone: a value that `--dry-run` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmpsnap.engine.survey import Site, Survey
+from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
+from qmpsnap.errors import Blocked, UsageError, VmBusy
+from qmpsnap.hypervisor.block.overlay import Overlay
+from qmpsnap.hypervisor.block.transaction import Snapshot, wire
+from qmpsnap.hypervisor.guest.runstate import RunState
+from qmpsnap.hypervisor.vmstate.session import RamMode
+from qmpsnap.ids import SnapshotId, disk_labels
+from qmpsnap.store.manifest import LeftOut
+
+MAX_PAUSE = 0.2  # seconds, unless the caller says otherwise
+_NO_RAM = "`--ram none` leaves the RAM out"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDisk:
+    """A disk of the snapshot: its chain is frozen, *overlay* takes the writes from then on."""
+
+    label: str
+    site: Site
+    overlay: Overlay
+
+    @property
+    def action(self) -> Snapshot:
+        return Snapshot(self.site.disk.top.name, self.overlay.node)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One snapshot, decided. *modes* are tried in this order; *why* says how they were chosen.
+
+    *freeze*: the agent freezes the guest. *max_pause* in seconds, None for no bound.
+    """
+
+    id: SnapshotId
+    vm: str
+    level: Level
+    disks: tuple[PlannedDisk, ...]
+    left_out: tuple[LeftOut, ...]
+    asked: RamChoice
+    modes: tuple[RamMode, ...]
+    why: str
+    freeze: bool
+    freeze_why: str
+    running: bool
+    max_pause: float | None
+    pause: float
+    budget: float
+    ram_bytes: int
+
+    def transaction(self) -> dict[str, object]:
+        """The arguments of the one QMP transaction that fixes the disks."""
+        return wire([disk.action for disk in self.disks])
+
+    def shown(self) -> dict[str, Any]:
+        """The plan for people and programs: plain JSON."""
+        return {
+            "id": str(self.id),
+            "vm": self.vm,
+            "level": self.level.value,
+            "disks": [
+                {
+                    "disk": disk.site.disk.name,
+                    "label": disk.label,
+                    "node": disk.site.disk.top.name,
+                    "frozen": disk.site.paths[0],
+                    "overlay": str(disk.overlay.path),
+                }
+                for disk in self.disks
+            ],
+            "left_out": [{"disk": left.device, "reason": left.reason} for left in self.left_out],
+            "ram": [mode.value for mode in self.modes],
+            "ram_reason": self.why,
+            "quiesce": "agent" if self.freeze else "none",
+            "quiesce_reason": self.freeze_why,
+            "max_pause_ms": None if self.max_pause is None else self.max_pause * 1000,
+            "before": [
+                {"execute": "blockdev-add", "arguments": disk.overlay.wire()} for disk in self.disks
+            ],
+            "at_the_instant": {"execute": "transaction", "arguments": self.transaction()},
+        }
+
+
+def plan(facts: Survey, wishes: Wishes, id: SnapshotId, layers: Path) -> Plan:
+    """Decide. Raises Blocked, VmBusy or UsageError with the reason; nothing was touched then."""
+    if wishes.level not in {Level.AUTO, Level.OVERLAY}:
+        raise Blocked(f"level {wishes.level} is not available yet; `overlay` is")
+    if facts.state not in {RunState.RUNNING, RunState.PAUSED}:
+        raise Blocked(f"the guest is {facts.state}: only a running or a paused one can be taken")
+    if facts.jobs:
+        raise VmBusy(f"QEMU is busy with {', '.join(facts.jobs)}")
+    chosen, left_out = _disks(facts, wishes)
+    labels = disk_labels([site.disk.name for site in chosen])
+    disks = tuple(
+        PlannedDisk(label, site, _overlay(label, site, id, layers))
+        for label, site in zip(labels, chosen, strict=True)
+    )
+    modes, why = _ram(facts, wishes.ram)
+    freeze, freeze_why = _freeze(facts, wishes, modes)
+    bound = wishes.max_pause
+    if bound is None and wishes.ram is not RamChoice.PAUSED:
+        bound = MAX_PAUSE
+    return Plan(
+        id=id,
+        vm=facts.machine.name,
+        level=Level.OVERLAY,
+        disks=disks,
+        left_out=left_out,
+        asked=wishes.ram,
+        modes=modes,
+        why=why,
+        freeze=freeze,
+        freeze_why=freeze_why,
+        running=facts.state is RunState.RUNNING,
+        max_pause=bound,
+        pause=wishes.pause if bound is None else min(wishes.pause, bound * 0.5),
+        budget=wishes.budget,
+        ram_bytes=facts.ram_bytes,
+    )
+
+
+def _overlay(label: str, site: Site, id: SnapshotId, layers: Path) -> Overlay:
+    node = id.overlay_of(label)
+    return Overlay(node, layers / f"{node}.qcow2", site.disk.top, site.options)
+
+
+def _disks(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ...]]:
+    _check_names(facts, (*wishes.include, *wishes.exclude))
+    chosen: list[Site] = []
+    left_out: list[LeftOut] = []
+    for site in facts.sites:
+        disk = site.disk
+        if reason := _left_out(site, wishes):
+            size = disk.top.virtual_size if disk.chain and not disk.read_only else None
+            left_out.append(
+                LeftOut(
+                    device=disk.name, reason=reason, origin=site.origin, virtual_size_bytes=size
+                )
+            )
+        elif disk.trouble:
+            raise Blocked(f"disk {disk.name}: {disk.trouble}", hint=f"-x {disk.name} leaves it out")
+        elif not all(site.paths):
+            raise Blocked(f"disk {disk.name}: its file cannot be told")
+        else:
+            chosen.append(site)
+    return chosen, tuple(left_out)
+
+
+def _left_out(site: Site, wishes: Wishes) -> str:
+    disk = site.disk
+    if not disk.chain:
+        return "empty drive"
+    if disk.read_only:
+        return "read-only"
+    if disk.names & set(wishes.exclude):
+        return "excluded"
+    if wishes.include and not disk.names & set(wishes.include) and not site.flash:
+        return "not included"
+    return ""
+
+
+def _check_names(facts: Survey, names: tuple[str, ...]) -> None:
+    known = set().union(*(site.disk.names for site in facts.sites)) if facts.sites else set()
+    for name in names:
+        if name not in known:
+            there = ", ".join(site.disk.name for site in facts.sites) or "none"
+            raise UsageError(f"no disk {name!r}; there are: {there}")
+
+
+def _ram(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str]:
+    if asked is RamChoice.NONE:
+        return (RamMode.NONE,), "asked for"
+    if facts.attached is None:
+        raise Blocked(f"the RAM could not be restored later: {facts.problem}", hint=_NO_RAM)
+    if facts.blocked_reasons:
+        raise Blocked(
+            f"QEMU cannot save its state: {'; '.join(facts.blocked_reasons)}", hint=_NO_RAM
+        )
+    trouble = background_trouble(facts)
+    if facts.state is RunState.PAUSED:
+        return _ram_of_paused(facts, asked, trouble)
+    if asked is RamChoice.BACKGROUND:
+        if trouble:
+            raise Blocked(f"background saving of RAM is not possible: {trouble}")
+        return (RamMode.BACKGROUND,), "asked for"
+    if asked is not RamChoice.AUTO:
+        return (RamMode(asked.value),), "asked for"
+    if trouble:
+        return (RamMode.LIVE,), f"background would not do: {trouble}"
+    if not facts.abilities.background_safe:
+        why = f"background is not failure-safe on QEMU {facts.abilities.version}"
+        return (RamMode.LIVE,), why
+    return (RamMode.LIVE, RamMode.BACKGROUND), "live; background if that does not converge"
+
+
+def _ram_of_paused(
+    facts: Survey, asked: RamChoice, trouble: str
+) -> tuple[tuple[RamMode, ...], str]:
+    """Any other way ends in `postmigrate`, which only a run of the guest leaves."""
+    if asked not in {RamChoice.AUTO, RamChoice.BACKGROUND}:
+        raise Blocked(f"the guest is paused, and `{asked}` would have to let it run", hint=_NO_RAM)
+    if not facts.abilities.stays_paused:
+        raise Blocked(
+            f"the guest is paused, and QEMU {facts.abilities.version} cannot save a paused guest "
+            "without letting it run",
+            hint=_NO_RAM,
+        )
+    if trouble:
+        raise Blocked(f"the guest is paused: only background could save it, and {trouble}")
+    return (RamMode.BACKGROUND,), "the guest is paused, and stays so"
+
+
+def background_trouble(facts: Survey) -> str:
+    """Why RAM cannot be saved in the background; empty if it can."""
+    if not facts.abilities.background:
+        return facts.abilities.background_trouble
+    for device in facts.inventory.devices or []:
+        # they write RAM from another process, or past the CPU: write protection misses that
+        if device.type.startswith(("vhost-user", "vfio-")):
+            return f"device {device.id or device.type} ({device.type}) writes RAM unseen"
+    return ""
+
+
+def _freeze(facts: Survey, wishes: Wishes, modes: tuple[RamMode, ...]) -> tuple[bool, str]:
+    if wishes.quiesce is Quiesce.NONE:
+        return False, "asked for"
+    running = facts.state is RunState.RUNNING
+    if wishes.quiesce is Quiesce.AGENT:
+        if not running:
+            raise Blocked("a paused guest's agent cannot freeze it", hint="`--quiesce none`")
+        if facts.agent_trouble:
+            raise Blocked(f"no freeze: {facts.agent_trouble}", hint="`--quiesce none`")
+        return True, "asked for"
+    if modes != (RamMode.NONE,):
+        return False, "the RAM is taken too: it holds what is not on the disks"
+    if not running:
+        return False, "the guest is paused"
+    if facts.agent_trouble:
+        return False, facts.agent_trouble
+    return True, "no RAM is taken, and the agent answers"

@@ -1,0 +1,122 @@
+"""Bringing a crash to a known state: what the journal still owes is paid or undone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qmpsnap.engine import layers
+from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.phase import Phase
+from qmpsnap.engine.roots import Roots
+from qmpsnap.errors import SnapError
+from qmpsnap.host import journal
+from qmpsnap.hypervisor.guest import quiesce, runstate
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.vmstate import migration, target
+
+log = logging.getLogger(__name__)
+
+
+class Owed(msgspec.Struct, frozen=True):
+    """The first line of a `create` in the journal: what it is about to change."""
+
+    phase: str
+    running: bool
+    agent: str | None
+    freeze: bool
+    failure_safe: bool
+    laid: list[layers.Laid]
+    capabilities: dict[str, bool]
+    parameters: dict[str, Any]
+    verb: str = "create"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One debt that is settled; *did* says what was done, in words."""
+
+    id: str
+    did: tuple[str, ...]
+
+
+def owes(roots: Roots, vm: str) -> bool:
+    """Whether a crash left anything to settle."""
+    return bool(journal.pending(roots.local.journal(vm)))
+
+
+async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Recovered]:
+    """Settle everything that the journal of *machine* owes. Done twice, it does nothing.
+
+    Raises what QEMU and the disk say; what is not settled stays in the journal.
+    """
+    settled = []
+    for record in journal.pending(roots.local.journal(machine.name)):
+        entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
+        did: list[str] = []
+        if record.lines:
+            owed = msgspec.convert(record.lines[0], Owed)
+            phase = Phase(record.lines[-1]["phase"])
+            if phase is not Phase.SEALED:
+                did = await undo(roots, machine, monitor, record.id, owed, phase)
+        entry.close()
+        settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
+        log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
+    return settled
+
+
+async def undo(
+    roots: Roots, machine: Machine, monitor: Monitor, id: str, owed: Owed, phase: Phase
+) -> list[str]:
+    """Give the guest back as it was before the snapshot *id*; what was done, in words."""
+    did: list[str] = []
+    touched = phase is not Phase.PLANNED
+    if touched:
+        did += await _migration_ended(monitor, owed)
+        if owed.running and await runstate.query(monitor) is not runstate.RunState.RUNNING:
+            await runstate.let_run(monitor)
+            did.append("the guest was continued")
+        if owed.freeze and phase is Phase.HOLDING and owed.agent:
+            did += await _thawed(Path(owed.agent))
+    await migration.set_back(monitor, owed.capabilities, owed.parameters)
+    await target.forget_all(monitor)
+    kept = await layers.take_back(monitor, owed.laid, may_be_live=touched)
+    did.append("overlays were taken back")
+    did += [f"kept {path}: it may hold writes of the guest" for path in kept]
+    await asyncio.to_thread(_remove_unsealed, roots.local.snapshot(machine.name, id))
+    return did
+
+
+async def _migration_ended(monitor: Monitor, owed: Owed) -> list[str]:
+    now = await migration.query(monitor)
+    if now.over:
+        return []
+    on = await monitor.execute("query-migrate-capabilities")
+    background = any(one["capability"] == "background-snapshot" and one["state"] for one in on)
+    if background and not owed.failure_safe:
+        with monitor.listen("MIGRATION") as events:
+            await migration.reach(monitor, events, "completed", "failed", "cancelled")
+        return ["a background save was let run to its end"]
+    await migration.call_off(monitor)
+    return ["a migration was cancelled"]
+
+
+async def _thawed(agent: Path) -> list[str]:
+    try:
+        freezer = quiesce.Freezer(agent)
+        await freezer.thaw()
+    except SnapError as failed:
+        log.warning("%s", failed)
+        return [str(failed)]
+    return ["the guest was thawed"] if freezer.state.thawed else []
+
+
+def _remove_unsealed(folder: Path) -> None:
+    if folder.is_dir() and not (folder / "storage.json").exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,69 @@
+"""The two roots of an engine, and this host's name in the manifests."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qmpsnap.errors import LocalFailed, StoreRefused
+from qmpsnap.host import filesystem
+from qmpsnap.store.layout import LocalRoot
+from qmpsnap.store.remote import Store
+from qmpsnap.store.separate import refuse_same
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """*allow_local_store*: the store may be on this host's own disks, for a trial."""
+
+    local: LocalRoot
+    store: Store
+    allow_local_store: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The store was looked at: *device* tells later whether it is still mounted."""
+
+    trial: bool
+    device: int
+
+
+async def judge(roots: Roots) -> Judged:
+    """See that the two roots are two data stores (StoreRefused), and that the store answers.
+
+    Raises StoreError or StoreStalled when the store does not.
+    """
+    local = await asyncio.to_thread(_local, roots.local.path)
+    store = await roots.store.examine()
+    trial = refuse_same(local, store, allow_local=roots.allow_local_store)
+    return Judged(trial=trial, device=store.device)
+
+
+def _local(path: Path) -> filesystem.Filesystem:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as odd:
+        raise StoreRefused(f"the local root {path} is no folder") from odd
+    except OSError as failed:
+        raise LocalFailed(f"the local root {path}: {failed.strerror}") from failed
+    return filesystem.examine(path)
+
+
+def host_id() -> str:
+    """This host in the manifests: its machine-id (machine-id(5)), else its name."""
+    for file in (Path("/etc/machine-id"), Path("/proc/sys/kernel/hostname")):
+        try:
+            if text := file.read_text().strip():
+                return text
+        except OSError:
+            continue
+    return "unknown"
+
+
+def moment(seconds: float | None = None) -> str:
+    """*seconds* since the epoch, or now, as the manifests spell it: ISO 8601, UTC, ms."""
+    when = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")

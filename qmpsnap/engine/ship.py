@@ -1,0 +1,72 @@
+"""Delivering store halves: from the spool on the local root to the store, verified and sealed."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.roots import Roots, judge, moment
+from qmpsnap.errors import LocalFailed, NotShipped, SnapError
+from qmpsnap.store import local
+from qmpsnap.store.manifest import Paired
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """One store half that arrived; *bytes* is its size there."""
+
+    vm: str
+    id: str
+    bytes: int
+
+
+async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
+    """Deliver the sealed spool of one snapshot, note the pair, and remove the spool.
+
+    Raises NotShipped with the reason; the spool is whole then. Safe to repeat after any crash.
+    """
+    spool = roots.local.spool(vm, id)
+
+    def tell(done: int, total: int, what: str) -> None:
+        report(f"shipping {what}" if what else "shipping", done, total)
+
+    try:
+        judged = await judge(roots)
+        shipped = await roots.store.ship(spool, vm, id, device=judged.device, on_progress=tell)
+    except SnapError as failed:
+        raise NotShipped(f"{vm} {id} is captured, but not shipped: {failed}") from failed
+    note = Paired(
+        id=id,
+        manifest_blake3=shipped.manifest_blake3,
+        store=str(roots.store.root.path),
+        shipped_at=moment(),
+    )
+    await asyncio.to_thread(local.mark_paired, roots.local, vm, note)
+    await asyncio.to_thread(_remove, spool)
+    return Delivered(vm, id, shipped.bytes)
+
+
+async def ship_all(
+    roots: Roots, vm: str | None, report: Report
+) -> tuple[list[Delivered], list[NotShipped]]:
+    """Deliver every sealed spool of *vm*, or of all VMs, oldest first."""
+    delivered: list[Delivered] = []
+    failed: list[NotShipped] = []
+    for facts in await asyncio.to_thread(local.survey, roots.local, vm):
+        if facts.storage is None or facts.spooled is None or facts.problem is not None:
+            continue
+        try:
+            delivered.append(await ship(roots, facts.vm, facts.id, report))
+        except NotShipped as trouble:
+            failed.append(trouble)
+    return delivered, failed
+
+
+def _remove(spool: Path) -> None:
+    try:
+        shutil.rmtree(spool)
+    except OSError as failed:
+        raise LocalFailed(f"{spool}: {failed.strerror}") from failed

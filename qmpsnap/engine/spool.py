@@ -1,0 +1,212 @@
+"""The store half on its way: built whole on the local root, before anything goes to the store."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.engine import configuration
+from qmpsnap.engine.capture import Captured, Report
+from qmpsnap.engine.plan import Plan
+from qmpsnap.engine.roots import host_id, moment
+from qmpsnap.engine.survey import Survey
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import cgroup, filesystem, process, qemu_img
+from qmpsnap.host.process import HostUsage, ProcessUsage
+from qmpsnap.hypervisor.block.graph import Node
+from qmpsnap.hypervisor.vmstate.session import RamMode
+from qmpsnap.store import files, pack
+from qmpsnap.store.image import examine_image
+from qmpsnap.store.layout import MANIFEST
+from qmpsnap.store.manifest import (
+    Binding,
+    Disk,
+    FileEntry,
+    Identity,
+    Image,
+    Manifest,
+    Ram,
+    Storage,
+    encode,
+)
+
+STREAM = "vmstate/stream.zst"
+MACHINE = "machine.json"
+USAGE = "usage.json"
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """`usage.json`: what the VM's process and this host used just before the point in time.
+
+    Units are in the names; None is what could not be read, or what there is not.
+    """
+
+    format: str = "qmpsnap-usage"
+    version: int = 1
+    sampled_at: str
+    process: ProcessUsage | None
+    cgroup: cgroup.CgroupUsage | None
+    host: HostUsage
+    local_root: filesystem.Filesystem
+
+
+def usage(facts: Survey, local: Path) -> Usage:
+    """Sample now."""
+    pid = facts.process.pid if facts.process else None
+    try:
+        of_process = process.usage(pid) if pid is not None else None
+        of_group = cgroup.usage(pid) if pid is not None else None
+    except LocalFailed:
+        of_process = of_group = None
+    return Usage(
+        sampled_at=moment(),
+        process=of_process,
+        cgroup=of_group,
+        host=process.host_usage(),
+        local_root=filesystem.examine(local),
+    )
+
+
+def identity(facts: Survey) -> Identity:
+    """The VM behind the name: QEMU's UUID, or without one its disks' first files."""
+    uuid = facts.inventory.uuid
+    disks = [site.paths[site.layers] for site in facts.sites if site.disk.chain]
+    return Identity(
+        vm=facts.machine.name,
+        uuid=None if uuid in {None, _NO_UUID} else uuid,
+        disks=[path for path in disks if path],
+    )
+
+
+def storage(plan: Plan, captured: Captured) -> Storage:
+    """What the local half will say: the frozen chains as they lie on disk now.
+
+    Raises LocalFailed when a file of a chain cannot be read.
+    """
+    return Storage(
+        id=str(plan.id),
+        vm=plan.vm,
+        host=host_id(),
+        taken_at=moment(captured.pause.stopped_at),
+        revision=0,
+        level="overlay",
+        disks=[
+            Disk(
+                label=disk.label,
+                device=disk.site.disk.name,
+                qdev=disk.site.disk.qdev or None,
+                origin=disk.site.origin,
+                node=disk.site.disk.top.name,
+                role="pflash" if disk.site.flash else "disk",
+                level="overlay",
+                virtual_size_bytes=disk.site.disk.top.virtual_size,
+                chain=_chain(disk.site.disk.chain, disk.site.paths),
+                overlay=str(disk.overlay.path),
+                parent=None,
+            )
+            for disk in plan.disks
+        ],
+        left_out=list(plan.left_out),
+    )
+
+
+def _chain(nodes: tuple[Node, ...], paths: tuple[str, ...]) -> list[Image]:
+    images = []
+    for node, path in zip(nodes, paths, strict=True):
+        driver = node.driver if node.driver in {"qcow2", "raw"} else "raw"
+        images.append(examine_image(Path(path), driver, node.virtual_size))
+    return images
+
+
+async def build(
+    folder: Path,
+    plan: Plan,
+    facts: Survey,
+    captured: Captured,
+    half: Storage,
+    sampled: Usage,
+    *,
+    raw: Path,
+    note: str,
+    trial: bool,
+    report: Report,
+) -> Manifest:
+    """Fill *folder* with the store half and seal it there. *raw* is packed, then deleted.
+
+    Raises LocalFailed; what was written stays for the caller to remove.
+    """
+    machine = configuration.of(facts)
+    await asyncio.to_thread(_small, folder / MACHINE, configuration.encode(machine))
+    text = msgspec.json.format(msgspec.json.encode(sampled), indent=2) + b"\n"
+    await asyncio.to_thread(_small, folder / USAGE, text)
+    names = [MACHINE, USAGE]
+    for disk in half.disks:
+        if disk.role == "pflash":
+            names.append(name := f"nvram/{disk.label}.raw")
+            await _nvram(disk, folder / name)
+    ram = Ram(
+        mode=captured.mode.value,
+        asked=plan.asked.value,
+        reason=captured.reason,
+        raw_bytes=0,
+        file=None,
+        raw_blake3=None,
+        compression="zstd",
+    )
+    entries = [await asyncio.to_thread(_entry, folder, name) for name in names]
+    if captured.mode is not RamMode.NONE:
+        packed = await _pack(raw, folder / STREAM, report)
+        ram = msgspec.structs.replace(
+            ram, raw_bytes=packed.bytes_raw, file=STREAM, raw_blake3=packed.blake3_raw
+        )
+        entries.append(FileEntry(name=STREAM, bytes=packed.bytes, blake3=packed.blake3))
+    bound = identity(facts)
+    manifest = Manifest(
+        id=str(plan.id),
+        vm=plan.vm,
+        host=half.host,
+        identity=Binding(uuid=bound.uuid, disks=bound.disks),
+        taken_at=half.taken_at,
+        qemu_version=facts.abilities.version,
+        ram=ram,
+        quiesce="agent" if plan.freeze else "none",
+        frozen=plan.freeze,
+        pause_ms=round(captured.pause.milliseconds, 3),
+        frozen_ms=None if captured.frozen_ms is None else round(captured.frozen_ms, 3),
+        was="running" if plan.running else "paused",
+        files=entries,
+        storage_blake3=files.digest_bytes(encode(half)),
+        note=note,
+        trial_store=trial,
+    )
+    await asyncio.to_thread(files.publish, folder / MANIFEST, encode(manifest), side=LocalFailed)
+    return manifest
+
+
+async def _nvram(disk: Disk, path: Path) -> None:
+    await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
+    top = disk.chain[0]
+    await qemu_img.convert(Path(top.path), top.format, path, "raw")
+
+
+async def _pack(raw: Path, path: Path, report: Report) -> pack.Packed:
+    def tell(done: int, total: int, what: str) -> None:
+        report("packing RAM", done, total)
+
+    await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
+    packed = await asyncio.to_thread(pack.compress, raw, path, on_progress=tell)
+    await asyncio.to_thread(raw.unlink)
+    return packed
+
+
+def _small(path: Path, content: bytes) -> None:
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    files.publish(path, content, side=LocalFailed)
+
+
+def _entry(folder: Path, name: str) -> FileEntry:
+    size, digest = files.digest_file(folder / name, side=LocalFailed)
+    return FileEntry(name=name, bytes=size, blake3=digest)

@@ -1,0 +1,169 @@
+"""Everything that is known of a VM before it is touched: the facts that `plan` decides from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.engine.machine import Machine
+from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
+from qmpsnap.host import process as host_process
+from qmpsnap.host.process import ProcessFacts
+from qmpsnap.hypervisor import schema
+from qmpsnap.hypervisor.block import graph, job
+from qmpsnap.hypervisor.guest import quiesce, runstate
+from qmpsnap.hypervisor.machine import attach, inventory
+from qmpsnap.hypervisor.machine.drives import slots
+from qmpsnap.hypervisor.machine.options import Blockdev
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.vmstate import migration
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A disk of the VM with what only the host knows of it.
+
+    *paths*: the absolute file of each node of the chain, "" where there is none. *layers*: how
+    many of them, from the top, are overlays of ours. *origin*: its name on QEMU's command line,
+    the node's, or the drive's (`drives.Slot.key`). *options*: its discard and aio, if given.
+    """
+
+    disk: graph.Disk
+    paths: tuple[str, ...]
+    layers: int
+    origin: str
+    options: Mapping[str, str]
+
+    @property
+    def flash(self) -> bool:
+        return "flash" in self.disk.qdev.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
+    when the agent answered. *stray*: chains of nodes that no device shows."""
+
+    machine: Machine
+    state: runstate.RunState
+    abilities: schema.Abilities
+    inventory: inventory.Inventory
+    process: ProcessFacts | None
+    attached: attach.Attached | None
+    problem: str
+    sites: tuple[Site, ...]
+    jobs: tuple[str, ...]
+    blocked_reasons: tuple[str, ...]
+    ram_bytes: int
+    agent: Path | None
+    agent_trouble: str
+
+
+async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
+    """Ask QEMU, the host and the agent; *layers* is the folder of our overlays.
+
+    Raises VmBusy when a migration is under way, since capabilities are probed by setting them.
+    """
+    under_way = await migration.query(monitor)
+    if not under_way.over:
+        raise VmBusy(f"a migration is under way ({under_way.status})")
+    abilities = await schema.probe(monitor)
+    seen = await inventory.take(monitor)
+    process = await asyncio.to_thread(_process, machine.socket, seen)
+    attached, problem = _attached(process)
+    block = await graph.query(monitor)
+    agent = machine.agent or (attached.agent if attached else None)
+    return Survey(
+        machine=machine,
+        state=await runstate.query(monitor),
+        abilities=abilities,
+        inventory=seen,
+        process=process,
+        attached=attached,
+        problem=problem,
+        sites=tuple(_site(disk, block, attached, layers) for disk in block.disks),
+        jobs=tuple(f"{one.type} {one.id}" for one in await job.at_work(monitor)),
+        blocked_reasons=tuple(under_way.blocked_reasons),
+        ram_bytes=_ram_bytes(seen),
+        agent=agent,
+        agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
+    )
+
+
+def _ram_bytes(seen: inventory.Inventory) -> int:
+    return seen.memory.base_memory + (seen.memory.plugged_memory or 0) if seen.memory else 0
+
+
+def explain_busy(busy: MonitorBusy, socket: Path) -> MonitorBusy:
+    """*busy* with the name of the client that holds the monitor, if it can be found out."""
+    try:
+        holder = host_process.holder_of_connection(socket)
+    except SnapError:
+        holder = None
+    return MonitorBusy(f"{busy}; it serves {holder}") if holder else busy
+
+
+def _process(socket: Path, seen: inventory.Inventory) -> ProcessFacts | None:
+    """The process behind the socket; behind a proxy the vCPUs' threads lead to it."""
+    try:
+        pid = host_process.find_owner(socket)
+        facts = host_process.describe(pid) if pid is not None else None
+        if facts is not None and "qemu" in facts.name:
+            return facts
+        for cpu in seen.cpus or []:
+            if (owner := host_process.of_thread(cpu.thread_id)) is not None:
+                return host_process.describe(owner)
+    except LocalFailed:
+        return None
+    return facts
+
+
+def _attached(process: ProcessFacts | None) -> tuple[attach.Attached | None, str]:
+    if process is None or not process.argv or process.cwd is None:
+        return None, "the QEMU process, and so its command line, could not be found on this host"
+    try:
+        return attach.facts(process.argv, Path(process.cwd)), ""
+    except SnapError as odd:
+        return None, str(odd)
+
+
+def _site(
+    disk: graph.Disk, block: graph.Graph, attached: attach.Attached | None, layers: Path
+) -> Site:
+    cwd = attached.cwd if attached else Path("/")
+    paths = tuple(_absolute(block.path(node.name), cwd) for node in disk.chain)
+    ours = 0
+    while ours < len(paths) - 1 and Path(paths[ours]).parent == layers:
+        ours += 1
+    origin: str = disk.chain[ours].name if disk.chain else disk.device
+    options: dict[str, str] = {}
+    if attached is not None:
+        origin, options = _on_command_line(disk, origin, attached)
+    return Site(disk, paths, ours, origin, options)
+
+
+def _absolute(filename: str, cwd: Path) -> str:
+    return str(cwd / filename) if filename else ""
+
+
+def _on_command_line(
+    disk: graph.Disk, node: str, attached: attach.Attached
+) -> tuple[str, dict[str, str]]:
+    for slot in slots(attached.line):
+        if disk.device and slot.backend == disk.device:
+            fields = slot.drive.fields
+            return slot.key, _some(fields.get("discard"), fields.get("aio"))
+    for option in attached.line.all("blockdev"):
+        blockdev = Blockdev.of(option)
+        if blockdev.node_name == node:
+            fields = blockdev.fields
+            aio = fields.get("file.aio") or fields.get("aio")
+            return node, _some(fields.get("discard"), aio)
+    return node, {}
+
+
+def _some(discard: str | None, aio: str | None) -> dict[str, str]:
+    found = {"discard": discard, "aio": aio}
+    return {name: value for name, value in found.items() if value}

@@ -1,0 +1,49 @@
+"""What the caller of `create` may ask for, before anything is known of the VM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    AUTO = "auto"
+    OVERLAY = "overlay"
+    FULL = "full"
+    INC = "inc"
+    DIFF = "diff"
+
+
+class RamChoice(StrEnum):
+    AUTO = "auto"
+    BACKGROUND = "background"
+    LIVE = "live"
+    PAUSED = "paused"
+    NONE = "none"
+
+
+class Quiesce(StrEnum):
+    AUTO = "auto"
+    AGENT = "agent"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """One snapshot's options, as on the command line.
+
+    *max_pause* in seconds: None is 0.2 for every RAM choice but `paused`, which has no bound
+    then. *pause* is what `live` aims at, *budget* the seconds that its passes after the first
+    get. *include* empty is every disk; disks go by device id, drive id or node name.
+    """
+
+    level: Level = Level.AUTO
+    ram: RamChoice = RamChoice.AUTO
+    quiesce: Quiesce = Quiesce.AUTO
+    max_pause: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    note: str = ""
+    rebind: bool = False
+    pause: float = 0.02
+    budget: float = 10.0

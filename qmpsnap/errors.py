@@ -1,0 +1,184 @@
+"""The tree of everything that can go wrong, with the exit code and the hint of each.
+
+SnapError
+ ├─ UsageError (2)            the words or the configuration are off
+ │   └─ ConfigError
+ ├─ Refused (3)               refused before anything was touched
+ │   ├─ VmUnknown, SnapshotUnknown, MonitorAbsent, MonitorBusy
+ │   └─ VmBusy, StoreRefused, Blocked
+ ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
+ │   ├─ MonitorError: MonitorLost, ReplyMalformed
+ │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
+ │   ├─ MigrationFailed, LaunchFailed, LocalFailed
+ │   └─ StoreError: StoreStalled
+ ├─ NotShipped (5)            captured; the spool holds the store half
+ ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
+ │   ├─ GuestLeftStopped, GuestStillFrozen
+ ├─ DamagedData (7)           what is on disk is not what the manifest says
+ │   ├─ ManifestError, HalfMissing, DigestMismatch, BaseChanged
+ └─ IllegalMove (4)           our own bug: a phase was skipped
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class SnapError(Exception):
+    """Anything that qmpsnap raises on purpose."""
+
+    exit_code = 4
+    hint = ""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        if hint:
+            self.hint = hint
+
+    @property
+    def code(self) -> str:
+        """The class as a word for programs: `MonitorLost` is `monitor-lost`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+
+
+class UsageError(SnapError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file says something that cannot be; the message names file and key."""
+
+
+class Refused(SnapError):
+    exit_code = 3
+
+
+class VmUnknown(Refused):
+    hint = "name it in the configuration, start it with `qmpsnap run`, or give --socket"
+
+
+class SnapshotUnknown(Refused):
+    hint = "`qmpsnap list VM` shows the snapshots there are"
+
+
+class MonitorAbsent(Refused):
+    """Nobody listens at the QMP socket."""
+
+    hint = "is QEMU running, with `-qmp unix:PATH,server=on,wait=off`?"
+
+
+class MonitorBusy(Refused):
+    """The socket takes a connection and says nothing: another client holds the monitor."""
+
+    hint = "QEMU serves one client a monitor: end the other one, or give QEMU a second -qmp"
+
+
+class VmBusy(Refused):
+    """Another engine, or a job or a migration of somebody else, holds this VM."""
+
+
+class StoreRefused(Refused):
+    """The two roots are not two data stores, or the store is not a network file system."""
+
+
+class Blocked(Refused):
+    """QEMU, a device or the host rules out what was asked for; nothing was touched."""
+
+
+class Failed(SnapError):
+    exit_code = 4
+
+
+class MonitorError(Failed):
+    pass
+
+
+class MonitorLost(MonitorError):
+    """The connection went away under a command; whether it ran is unknown. Look before acting."""
+
+
+class ReplyMalformed(MonitorError):
+    pass
+
+
+class CommandRefused(Failed):
+    """QEMU answered a command with an error."""
+
+    def __init__(self, command: str, error_class: str, desc: str) -> None:
+        super().__init__(f"{command}: {desc}")
+        self.command, self.error_class, self.desc = command, error_class, desc
+
+
+class JobFailed(Failed):
+    pass
+
+
+class AgentError(Failed):
+    hint = "is qemu-guest-agent running in the guest? `--quiesce none` goes without it"
+
+
+class PauseTooLong(Failed):
+    """The pause would be, or was, longer than --max-pause; the snapshot was given up."""
+
+    hint = "allow more with --max-pause, or leave the RAM out with --ram none"
+
+
+class MigrationFailed(Failed):
+    pass
+
+
+class LaunchFailed(Failed):
+    pass
+
+
+class LocalFailed(Failed):
+    """The local root could not take what was to be written."""
+
+
+class StoreError(Failed):
+    pass
+
+
+class StoreStalled(StoreError):
+    """The store made no progress within its deadline."""
+
+
+class NotShipped(SnapError):
+    exit_code = 5
+    hint = "the snapshot is safe in the local spool: `qmpsnap ship` delivers it"
+
+
+class GuestNeedsHelp(SnapError):
+    exit_code = 6
+
+
+class GuestLeftStopped(GuestNeedsHelp):
+    hint = "`qmpsnap recover VM` or the QMP command `cont` lets it run"
+
+
+class GuestStillFrozen(GuestNeedsHelp):
+    hint = "`qmpsnap thaw VM` or a restart of qemu-guest-agent in the guest thaws it"
+
+
+class DamagedData(SnapError):
+    exit_code = 7
+
+
+class ManifestError(DamagedData):
+    """A manifest cannot be read, or is of a version that we do not know."""
+
+
+class HalfMissing(DamagedData):
+    pass
+
+
+class DigestMismatch(DamagedData):
+    pass
+
+
+class BaseChanged(DamagedData):
+    """A frozen base is not the file that the snapshot froze."""
+
+
+class IllegalMove(SnapError):
+    pass

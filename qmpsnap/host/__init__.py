@@ -1,0 +1,1 @@
+"""This host: processes, file systems, images, locks."""

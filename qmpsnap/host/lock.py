@@ -1,0 +1,75 @@
+"""One engine at a time a VM: the only place that takes a lock on the local root."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.errors import LocalFailed, VmBusy
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds a lock: its process, its verb, and since when (ISO 8601, UTC)."""
+
+    pid: int
+    what: str
+    since: str
+
+
+@asynccontextmanager
+async def held(path: Path, what: str) -> AsyncIterator[None]:
+    """For the body, no other engine passes *path*; *what* is the verb that others are told.
+
+    The kernel gives the lock back when the body ends, and also when the process dies. The file
+    stays: were it deleted, two engines could hold locks on two files of one name.
+
+    Raises VmBusy, naming the holder, or LocalFailed.
+    """
+    descriptor = _open(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VmBusy(_busy(path, descriptor)) from None
+        except OSError as failed:
+            raise LocalFailed(f"{path}: {failed.strerror}") from failed
+        _sign(descriptor, what)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed
+
+
+def _sign(descriptor: int, what: str) -> None:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    text = msgspec.json.encode(Holder(pid=os.getpid(), what=what, since=now))
+    # A full disk must not keep `recover` out: the lock holds without its holder's name.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text, 0)
+
+
+def _busy(path: Path, descriptor: int) -> str:
+    vm = path.parent.name
+    try:
+        holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Holder)
+    except (OSError, msgspec.DecodeError):
+        return f"{vm} is held by another qmpsnap (its name is not in {path})"
+    return f"{vm} is held by `{holder.what}` of process {holder.pid} since {holder.since}"

@@ -1,0 +1,231 @@
+"""The processes of this host, QEMU's above all: the only place that uses psutil."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import psutil
+
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import cgroup, unixsocket
+
+T = TypeVar("T")
+
+
+class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process is; None where we may not look. *started_at* is ISO 8601, UTC.
+
+    *cgroups* maps each v1 controller (and "" for v2) to the process' group.
+    """
+
+    pid: int
+    name: str
+    exe: str | None
+    argv: list[str] | None
+    cwd: str | None
+    started_at: str
+    uid: int | None
+    cgroups: dict[str, str]
+
+
+class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process has used since its start, or uses now; None where we may not look."""
+
+    pid: int
+    cpu_user_seconds: float | None
+    cpu_system_seconds: float | None
+    rss_bytes: int | None
+    vms_bytes: int | None
+    swap_bytes: int | None
+    read_bytes: int | None
+    write_bytes: int | None
+    read_count: int | None
+    write_count: int | None
+    thread_count: int | None
+    open_fd_count: int | None
+    voluntary_switch_count: int | None
+    involuntary_switch_count: int | None
+    cpu_affinity: list[int] | None
+
+
+class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host has and uses; CPU times are sums over all CPUs since *booted_at*."""
+
+    cpu_count: int
+    load_1_minute: float
+    load_5_minutes: float
+    load_15_minutes: float
+    memory_total_bytes: int
+    memory_available_bytes: int
+    swap_total_bytes: int
+    swap_free_bytes: int
+    booted_at: str
+    cpu_user_seconds: float
+    cpu_system_seconds: float
+    cpu_idle_seconds: float
+    cpu_iowait_seconds: float | None
+    cpu_steal_seconds: float | None
+
+
+def find_owner(socket_path: Path) -> int | None:
+    """The process that listens at *socket_path*; of several, one that is called qemu.
+
+    None when there is none, or none that we may see. Raises LocalFailed.
+    """
+    owners = [pid for pid, _ in _listening(socket_path)]
+    return next((pid for pid in owners if "qemu" in _called(pid)), owners[0] if owners else None)
+
+
+def of_thread(thread_id: int) -> int | None:
+    """The process that a thread of this host belongs to; None when there is no such thread."""
+    try:
+        status = Path(f"/proc/{thread_id}/status").read_text()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return int(fields["Tgid"])
+
+
+def holder_of_connection(socket_path: Path) -> str | None:
+    """Who is connected to the socket at *socket_path*, such as "virsh (process 4711)".
+
+    None when nobody is, or when it cannot be found out.
+    """
+    with suppress(OSError, LocalFailed):
+        for name in {name for _, name in _listening(socket_path)}:
+            for pid, _ in _holding(unixsocket.peers(name)):
+                return f"{_called(pid)} (process {pid})"
+    return None
+
+
+def describe(pid: int) -> ProcessFacts:
+    """What the process is. Raises LocalFailed when it is gone."""
+    process = _process(pid)
+    return ProcessFacts(
+        pid=pid,
+        name=_called(pid),
+        exe=_allowed(process.exe) or None,
+        argv=_allowed(process.cmdline),
+        cwd=_allowed(process.cwd) or None,
+        started_at=_moment(process.create_time()),
+        uid=_allowed(lambda: process.uids().effective),
+        cgroups=cgroup.groups_of(pid),
+    )
+
+
+def usage(pid: int) -> ProcessUsage:
+    """What the process uses. Raises LocalFailed when it is gone."""
+    process = _process(pid)
+    with process.oneshot():
+        cpu, memory = _allowed(process.cpu_times), _allowed(process.memory_info)
+        io, switches = _allowed(process.io_counters), _allowed(process.num_ctx_switches)
+        threads = _allowed(process.num_threads)
+    return ProcessUsage(
+        pid=pid,
+        cpu_user_seconds=cpu.user if cpu else None,
+        cpu_system_seconds=cpu.system if cpu else None,
+        rss_bytes=memory.rss if memory else None,
+        vms_bytes=memory.vms if memory else None,
+        swap_bytes=_allowed(lambda: _swap(pid)),
+        read_bytes=io.read_bytes if io else None,
+        write_bytes=io.write_bytes if io else None,
+        read_count=io.read_count if io else None,
+        write_count=io.write_count if io else None,
+        thread_count=threads,
+        open_fd_count=_allowed(process.num_fds),
+        voluntary_switch_count=switches.voluntary if switches else None,
+        involuntary_switch_count=switches.involuntary if switches else None,
+        cpu_affinity=_allowed(process.cpu_affinity),
+    )
+
+
+def host_usage() -> HostUsage:
+    """What the host uses now."""
+    cpu, memory, swap = psutil.cpu_times(), psutil.virtual_memory(), psutil.swap_memory()
+    load = psutil.getloadavg()
+    return HostUsage(
+        cpu_count=psutil.cpu_count() or 1,
+        load_1_minute=load[0],
+        load_5_minutes=load[1],
+        load_15_minutes=load[2],
+        memory_total_bytes=memory.total,
+        memory_available_bytes=memory.available,
+        swap_total_bytes=swap.total,
+        swap_free_bytes=swap.free,
+        booted_at=_moment(psutil.boot_time()),
+        cpu_user_seconds=cpu.user,
+        cpu_system_seconds=cpu.system,
+        cpu_idle_seconds=cpu.idle,
+        cpu_iowait_seconds=getattr(cpu, "iowait", None),
+        cpu_steal_seconds=getattr(cpu, "steal", None),
+    )
+
+
+def _listening(socket_path: Path) -> Iterator[tuple[int, str]]:
+    """Each process that has the socket at *socket_path*, with the name it was bound to."""
+    real = os.path.realpath(socket_path)
+    try:
+        names = dict(unixsocket.listeners(socket_path))
+    except OSError as failed:
+        raise LocalFailed(f"/proc/net/unix: {failed.strerror}") from failed
+    for pid, inode in _holding(names):
+        name = names[inode]
+        if name.startswith("/") or os.path.realpath(Path(f"/proc/{pid}/cwd", name)) == real:
+            yield pid, name
+
+
+def _holding(inodes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Each (process, inode) of the sockets *inodes*; processes that we may not see are left out."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for pid in psutil.pids() if wanted else []:
+        with suppress(OSError):
+            links = list(Path(f"/proc/{pid}/fd").iterdir())
+            for link in links:
+                with suppress(OSError):
+                    if (inode := wanted.get(str(link.readlink()))) is not None:
+                        yield pid, inode
+
+
+def _process(pid: int) -> psutil.Process:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess as gone:
+        raise LocalFailed(f"there is no process {pid} any more") from gone
+
+
+def _allowed(ask: Callable[[], T]) -> T | None:
+    """What *ask* says, or None where it is not for us to know. Raises LocalFailed."""
+    try:
+        return ask()
+    except psutil.NoSuchProcess as gone:
+        raise LocalFailed(f"there is no process {gone.pid} any more") from gone
+    except (psutil.AccessDenied, OSError):
+        return None
+
+
+def _called(pid: int) -> str:
+    """The name of the program, or of the process where the program cannot be seen."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/exe").readlink().name
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "?"
+
+
+def _swap(pid: int) -> int | None:
+    # psutil adds it up from smaps, which takes a walk over all of the guest's pages
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmSwap:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _moment(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return moment.replace("+00:00", "Z")

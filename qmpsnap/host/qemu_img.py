@@ -1,0 +1,257 @@
+"""The only place that runs qemu-img: one coroutine a subcommand, formats always spelled out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from asyncio.subprocess import PIPE
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host.filesystem import sync_dir
+
+T = TypeVar("T")
+_CORRUPT, _LEAKING, _UNSUPPORTED = 2, 3, 63  # exit codes of `qemu-img check`
+
+
+class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An image as its own header tells it; *filename* is spelled as qemu-img opened it."""
+
+    filename: str
+    format: str
+    virtual_size_bytes: int = msgspec.field(name="virtual-size")
+    file_bytes: int | None = msgspec.field(name="actual-size", default=None)
+    backing: str | None = msgspec.field(name="full-backing-filename", default=None)
+    backing_as_written: str | None = msgspec.field(name="backing-filename", default=None)
+    backing_format: str | None = msgspec.field(name="backing-filename-format", default=None)
+    dirty: bool = msgspec.field(name="dirty-flag", default=False)
+    encrypted: bool = False
+    details: dict[str, Any] = msgspec.field(name="format-specific", default_factory=dict)
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether QEMU has marked the image as corrupt."""
+        return bool(self.details.get("data", {}).get("corrupt", False))
+
+    @property
+    def bitmaps(self) -> list[str]:
+        """The names of the dirty bitmaps kept in the image."""
+        return [bitmap["name"] for bitmap in self.details.get("data", {}).get("bitmaps", [])]
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """What a check found; None stands for a format that has nothing to check."""
+
+    corruptions: int | None = 0
+    leaks: int | None = 0
+
+
+async def create_overlay(
+    path: Path, backing: Path, backing_format: str, size: int, *, binary: str = "qemu-img"
+) -> None:
+    """Create the empty qcow2 overlay *path* (mode 0600, durable) of *size* bytes over *backing*.
+
+    The backing file is not opened, since a running QEMU has it locked; it is only looked for.
+
+    Raises LocalFailed, also when *path* exists; nothing new is left behind then.
+    """
+    beneath = ["-b", _existing(backing), "-F", backing_format]
+    arguments = ["create", "-q", "-f", "qcow2", "-u", *beneath, _spelled(path), str(size)]
+    await _make(path, arguments, binary=binary)
+
+
+async def info(
+    path: Path,
+    format: str | None = None,
+    *,
+    probe_format: bool = False,
+    force_share: bool = True,
+    binary: str = "qemu-img",
+) -> ImageInfo:
+    """What the header of *path* says; its format is given, or guessed with `probe_format=True`.
+
+    A guest that owns a raw image can write any header into it: guess only what is not a guest's.
+
+    Raises LocalFailed, and ValueError when the format is neither given nor to be guessed.
+    """
+    arguments = ["info", "--output=json", *_format(format, probe=probe_format)]
+    arguments += ["-U"] * force_share
+    output = await _run([*arguments, _spelled(path)], binary=binary)
+    return _decode(output, ImageInfo, path)
+
+
+async def chain(path: Path, format: str, *, binary: str = "qemu-img") -> list[ImageInfo]:
+    """*path* and all images below it, top first; safe on images in use.
+
+    Raises LocalFailed, also for a backing file whose format the header above it does not name:
+    its format would have been guessed.
+    """
+    arguments = ["info", "--output=json", "--backing-chain", "-U", "-f", format]
+    output = await _run([*arguments, _spelled(path)], binary=binary)
+    images = _decode(output, list[ImageInfo], path)
+    for image in images:
+        if image.backing_as_written is not None and image.backing_format is None:
+            raise LocalFailed(
+                f"{image.filename} does not say the format of its backing file",
+                hint="`qemu-img rebase -u -b BACKING -F FORMAT IMAGE` writes it down",
+            )
+    return images
+
+
+async def check(
+    path: Path, format: str, *, force_share: bool = False, binary: str = "qemu-img"
+) -> Health:
+    """Check the image's own tables. Raises LocalFailed when the check itself cannot be made."""
+    arguments = ["check", "--output=json", "-f", format, *["-U"] * force_share]
+    output = await _run(
+        [*arguments, _spelled(path)],
+        binary=binary,
+        accept={0, _CORRUPT, _LEAKING, _UNSUPPORTED},
+    )
+    if not output.strip():
+        return Health(corruptions=None, leaks=None)
+    return _decode(output, Health, path)
+
+
+async def convert(
+    src: Path,
+    fmt: str,
+    dst: Path,
+    dst_fmt: str,
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    force_share: bool = False,
+    binary: str = "qemu-img",
+) -> None:
+    """Write what a guest would read from *src* into the new file *dst* (mode 0600, durable).
+
+    *on_progress* is told the part done, 0 to 1.
+
+    Raises LocalFailed, also when *dst* exists; nothing new is left behind then.
+    """
+    arguments = ["convert", "-p", "-f", fmt, "-O", dst_fmt, *["-U"] * force_share]
+    await _make(
+        dst, [*arguments, _spelled(src), _spelled(dst)], binary=binary, on_progress=on_progress
+    )
+
+
+async def commit(path: Path, format: str, *, binary: str = "qemu-img") -> None:
+    """Write what the overlay *path* holds into its backing file, durably; *path* is kept as it is.
+
+    Raises LocalFailed; the backing file may hold a part of it then, and can be committed again.
+    """
+    await _run(["commit", "-q", "-d", "-f", format, _spelled(path)], binary=binary)
+
+
+def _format(format: str | None, *, probe: bool) -> list[str]:
+    if (format is None) != probe:
+        raise ValueError("give a format, or probe_format=True, and not both")
+    return ["-f", format] if format is not None else []
+
+
+def _spelled(path: Path) -> str:
+    # absolute: never an option, never a `protocol:`, and the same from any folder
+    return str(path.absolute())
+
+
+def _existing(path: Path) -> str:
+    if not path.exists():
+        raise LocalFailed(f"{path}: the backing file does not exist")
+    return _spelled(path)
+
+
+@contextmanager
+def _new(path: Path) -> Iterator[None]:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+async def _make(
+    path: Path,
+    arguments: list[str],
+    *,
+    binary: str,
+    on_progress: Callable[[float], None] | None = None,
+) -> None:
+    """Run qemu-img to fill *path*, which is ours from its first moment, or is gone again."""
+    with _new(path):
+        await _run(arguments, binary=binary, on_progress=on_progress)
+        await asyncio.to_thread(_sync, path)
+
+
+async def _run(
+    arguments: list[str],
+    *,
+    binary: str,
+    accept: frozenset[int] | set[int] = frozenset({0}),
+    on_progress: Callable[[float], None] | None = None,
+) -> bytes:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        process = await asyncio.create_subprocess_exec(
+            binary, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE,
+            env=environment, umask=0o077,
+        )  # fmt: skip
+    except OSError as failed:
+        hint = "qemu-img comes with QEMU (Debian: qemu-utils)"
+        raise LocalFailed(f"{binary}: {failed.strerror}", hint=hint) from failed
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        output, complaint = await asyncio.gather(
+            _drain(process.stdout, on_progress), process.stderr.read()
+        )
+        code = await process.wait()
+    except BaseException:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    if code not in accept:
+        last = complaint.decode(errors="replace").strip().splitlines()[-1:]
+        said = last[0].removeprefix("qemu-img: ") if last else f"ended with code {code}"
+        raise LocalFailed(f"qemu-img {arguments[0]}: {said}")
+    return output
+
+
+async def _drain(stream: asyncio.StreamReader, told: Callable[[float], None] | None) -> bytes:
+    whole = bytearray()
+    while chunk := await stream.read(65536):
+        whole += chunk
+        shares = re.findall(rb"\(([0-9.]+)/100%\)", bytes(whole[-200:])) if told else []
+        if told and shares:
+            told(float(shares[-1]) / 100)
+    return bytes(whole)
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed
+    sync_dir(path.parent)
+
+
+def _decode(output: bytes, kind: type[T], path: Path) -> T:
+    try:
+        return msgspec.json.decode(output, type=kind)
+    except msgspec.DecodeError as failed:
+        raise LocalFailed(f"qemu-img says of {path} what we cannot read: {failed}") from failed

@@ -1,0 +1,101 @@
+"""The door to the guest agent (qemu-ga): one client at a time, and every answer checked.
+
+qemu.qmp does not fit here: the agent's resynchronisation sends the byte 0xFF, which is no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from qmpsnap.errors import AgentError
+
+_SENTINEL = b"\xff"
+_LONGEST = 1 << 22
+
+
+class Agent:
+    """A session with one agent. After a timeout it must be synchronised again: do reconnect."""
+
+    def __init__(
+        self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.path, self._reader, self._writer = path, reader, writer
+        self._ids = itertools.count(os.getpid() << 16)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, within: float = 5.0
+    ) -> Any:
+        """Run one agent command and give its `return`.
+
+        Raises AgentError with the agent's words, or when it does not answer within *within*
+        seconds; the command may still be carried out later.
+        """
+        message = {"execute": command, "arguments": dict(arguments or {})}
+        try:
+            async with asyncio.timeout(within):
+                self._writer.write(json.dumps(message).encode() + b"\n")
+                await self._writer.drain()
+                reply = await self._line()
+        except TimeoutError as silent:
+            raise AgentError(f"{command}: no answer within {within:g} s") from silent
+        except OSError as gone:
+            raise AgentError(f"{command}: {gone}") from gone
+        if "error" in reply:
+            raise AgentError(f"{command}: {reply['error'].get('desc', reply['error'])}")
+        return reply.get("return")
+
+    async def synchronise(self, *, within: float = 3.0) -> None:
+        """Throw away what earlier clients left unread, until the agent echoes our number.
+
+        guest-sync-delimited: 0xFF makes the agent's parser forget half a command, and marks the
+        place in its answers (qga/qapi-schema.json). Raises AgentError.
+        """
+        number = next(self._ids)
+        ask = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        try:
+            async with asyncio.timeout(within):
+                self._writer.write(_SENTINEL + json.dumps(ask).encode() + b"\n")
+                await self._writer.drain()
+                while True:
+                    await self._reader.readuntil(_SENTINEL)
+                    if (await self._line()).get("return") == number:
+                        return
+        except TimeoutError as silent:
+            raise AgentError(f"{self.path}: the guest agent does not answer") from silent
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as gone:
+            raise AgentError(f"{self.path}: {gone}") from gone
+
+    async def _line(self) -> dict[str, Any]:
+        line = (await self._reader.readline()).lstrip(_SENTINEL)
+        if not line:
+            raise AgentError(f"{self.path}: QEMU closed the agent's socket")
+        try:
+            reply = json.loads(line)
+        except ValueError as garbage:
+            raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}") from garbage
+        if not isinstance(reply, dict):
+            raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}")
+        return reply
+
+
+@asynccontextmanager
+async def connect(path: Path, *, within: float = 3.0) -> AsyncIterator[Agent]:
+    """A synchronised session with the agent behind the unix socket *path*. Raises AgentError."""
+    try:
+        async with asyncio.timeout(within):
+            reader, writer = await asyncio.open_unix_connection(str(path), limit=_LONGEST)
+    except (OSError, TimeoutError) as absent:
+        raise AgentError(f"{path}: {absent or 'busy'}") from absent
+    agent = Agent(path, reader, writer)
+    try:
+        await agent.synchronise(within=within)
+        yield agent
+    finally:
+        writer.close()

@@ -1,0 +1,1 @@
+"""QEMU's block layer: graph, transactions, overlays, jobs."""

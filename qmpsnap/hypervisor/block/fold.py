@@ -1,0 +1,51 @@
+"""Folding: overlays of a running disk go back into what lies beneath (active block-commit)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qmpsnap.errors import JobFailed
+from qmpsnap.hypervisor.block import graph, overlay
+from qmpsnap.hypervisor.block.job import job
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.ids import NodeName
+
+
+async def fold(
+    monitor: Monitor, top: NodeName, base: NodeName, *, within: float = 3600
+) -> list[NodeName]:
+    """Commit the active node *top* and all between it and *base* into *base*; give what is free.
+
+    *base* must be kept by no snapshot and no clone: its content changes. The guest runs on all
+    the while. Decided by the graph, since a cancelled commit also ends as BLOCK_JOB_COMPLETED
+    (QEMU 7.2 to 11.1).
+
+    Raises JobFailed, with the disk as it was; CommandRefused.
+    """
+    before = _chain_of(await graph.query(monitor), top)
+    if before is None or base not in before:
+        raise JobFailed(f"{base} does not lie under {top}")
+    arguments = {"device": top, "base-node": base}
+    async with (
+        asyncio.timeout(within),
+        job(monitor, "block-commit", f"fold-{top}", arguments) as it,
+    ):
+        await it.reaches("ready")
+        await it.complete()
+        await it.reaches("concluded")
+    after = _chain_of(await graph.query(monitor), base)
+    if after is None or after[0] != base:
+        raise JobFailed(f"the commit of {top} ended without {base} taking over")
+    freed = before[: before.index(base)]
+    for node in freed:
+        # nodes that a -drive or a backing string opened go by themselves
+        await overlay.drop(monitor, node)
+    return freed
+
+
+def _chain_of(seen: graph.Graph, node: NodeName) -> list[NodeName] | None:
+    for disk in seen.disks:
+        names = [item.name for item in disk.chain]
+        if node in names:
+            return names
+    return None

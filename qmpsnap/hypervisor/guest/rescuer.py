@@ -1,0 +1,142 @@
+"""The watchdog's process: thaws and continues the guest when the engine died or hangs.
+
+Run as a plain script on the standard library alone (`python -I -S rescuer.py QMP AGENT FD`), so
+that it starts in no time and needs nothing that the engine's end may have broken. It is told over
+its standard input, a JSON object a line, what is owed. When that pipe ends or the deadline passes
+while something is owed, it cuts the engine's QMP connection (descriptor FD: QEMU serves one
+client a monitor) and pays over fresh connections until it has seen the guest run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+import time
+from typing import Any
+
+_PATIENCE = 600.0  # seconds that it keeps trying once it must pay
+_AT_WORK = {"setup", "active", "cancelling", "device", "pre-switchover"}
+
+
+class _Wire:
+    """A JSON conversation over a unix socket, blocking, with a deadline for each answer."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(5)
+        self._socket.connect(path)
+        self._file = self._socket.makefile("rb")
+
+    def send(self, message: dict[str, Any], prefix: bytes = b"") -> None:
+        self._socket.sendall(prefix + json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any]:
+        while line := self._file.readline().lstrip(b"\xff"):
+            message = json.loads(line)
+            if isinstance(message, dict) and "event" not in message:
+                return message
+        raise ConnectionError("closed")
+
+    def ask(self, command: str) -> dict[str, Any]:
+        self.send({"execute": command})
+        return self.receive()
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+def _continue(qmp: str, *, cancel: bool) -> bool:
+    wire = _Wire(qmp)
+    try:
+        wire.receive()  # the greeting
+        wire.ask("qmp_capabilities")
+        migration = wire.ask("query-migrate").get("return", {}).get("status")
+        if cancel or migration == "pre-switchover":
+            wire.ask("migrate_cancel")
+        status = wire.ask("query-status")["return"]["status"]
+        if status in {"paused", "postmigrate", "finish-migrate"}:
+            wire.ask("cont")
+            status = wire.ask("query-status")["return"]["status"]
+        _say(f"guest is {status}, migration was {migration}")
+        still = wire.ask("query-migrate").get("return", {}).get("status")
+        return bool(status == "running" and not (cancel and still in _AT_WORK))
+    finally:
+        wire.close()
+
+
+def _thaw(agent: str) -> bool:
+    wire = _Wire(agent)
+    try:
+        number = time.monotonic_ns() & 0x7FFFFFFF
+        wire.send({"execute": "guest-sync-delimited", "arguments": {"id": number}}, b"\xff")
+        while wire.receive().get("return") != number:
+            pass
+        answer = wire.ask("guest-fsfreeze-thaw")
+        _say(f"thaw: {answer}")
+        return bool(wire.ask("guest-fsfreeze-status").get("return") == "thawed")
+    finally:
+        wire.close()
+
+
+def _pay(debt: dict[str, Any], qmp: str, agent: str) -> None:
+    owed = [kind for kind in ("cont", "thaw") if kind in debt["owed"]]
+    end = time.monotonic() + _PATIENCE
+    while owed and time.monotonic() < end:
+        try:
+            # a stopped guest's agent is deaf: cont before thaw
+            done = (
+                _continue(qmp, cancel="cancel" in debt["owed"])
+                if owed[0] == "cont"
+                else _thaw(agent)
+            )
+        except FileNotFoundError as gone:
+            _say(f"no VM left: {gone}")
+            return
+        except (OSError, ValueError, KeyError) as trouble:
+            _say(f"{owed[0]}: {trouble!r}; again")
+            if isinstance(trouble, ConnectionRefusedError):
+                return
+            done = False
+        if done:
+            owed.pop(0)
+        else:
+            time.sleep(0.05)
+
+
+def _say(text: str) -> None:
+    print(f"{time.time():.3f} watchdog {os.getpid()}: {text}", file=sys.stderr, flush=True)
+
+
+def _watch(qmp: str, agent: str, connection: int) -> None:
+    debt: dict[str, Any] = {}
+    deadline = float("inf")
+    unread = b""
+    while True:
+        left = None if not debt else max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([0], [], [], left)
+        heard = os.read(0, 65536) if ready else b""
+        if ready and heard:
+            *lines, unread = (unread + heard).split(b"\n")
+            for line in lines:
+                debt = json.loads(line)
+                deadline = time.monotonic() + debt.get("within", 0)
+                with contextlib.suppress(OSError):  # who asked may be dead: its debt is not
+                    os.write(1, b"taken\n")
+            continue
+        if debt:
+            _say(f"{'deadline passed' if not ready else 'engine gone'}, owed: {debt}")
+            with contextlib.suppress(OSError):
+                cut = socket.socket(fileno=connection)
+                cut.shutdown(socket.SHUT_RDWR)
+                cut.close()
+            _pay(debt, qmp, agent)
+        return
+
+
+if __name__ == "__main__":
+    _watch(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,123 @@
+"""The guest's run state: stopped for a block of code, and seen running again after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from enum import StrEnum
+from typing import Any
+
+from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, MonitorLost, SnapError
+from qmpsnap.hypervisor.monitor import Monitor, alive
+from qmpsnap.shield import finish
+
+
+class RunState(StrEnum):
+    """QEMU's RunState (qapi/run-state.json), as far as we act on it."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    POSTMIGRATE = "postmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    INMIGRATE = "inmigrate"
+    PRELAUNCH = "prelaunch"
+    OTHER = "other"
+
+    @classmethod
+    def _missing_(cls, value: object) -> RunState:
+        return cls.OTHER
+
+
+# where `cont` is the way back to a guest that ran before we came
+_CONTINUABLE = {RunState.PAUSED, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE}
+# migration states in which QEMU itself lets the guest run once it is told to cancel
+_HOLDING = {"pre-switchover", "device"}
+
+
+async def query(monitor: Monitor) -> RunState:
+    return RunState((await monitor.execute("query-status"))["status"])
+
+
+class Hold:
+    """The debt of a stopped guest: `release` pays it, and only then is it paid."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor, self.released = monitor, False
+
+    async def release(self) -> None:
+        """Let the guest run and see that it does. Raises GuestLeftStopped if it will not."""
+        await let_run(self.monitor)
+        self.released = True
+
+
+@asynccontextmanager
+async def stopped(monitor: Monitor, *, within: float = 30) -> AsyncIterator[Hold]:
+    """The guest is stopped for the block, and runs again however the block ends.
+
+    The body may `release` it early. Raises Blocked when QEMU's state after `stop` is not exactly
+    `paused` (an I/O error, a panic: there the RAM must not be saved), GuestLeftStopped when
+    within *within* seconds it could not be made to run, over this connection or a new one.
+    """
+    hold = Hold(monitor)
+    try:
+        await monitor.execute("stop")  # from the moment this is sent, a cont is owed
+        state = await query(monitor)
+        if state is not RunState.PAUSED:
+            raise Blocked(f"after `stop` the guest is {state}, not paused")
+        yield hold
+    finally:
+        if not hold.released:
+            await finish(_released(hold), within=within)
+
+
+async def _released(hold: Hold) -> None:
+    try:
+        await hold.release()
+    except (SnapError, TimeoutError) as failed:
+        if isinstance(failed, GuestLeftStopped):
+            raise
+        raise GuestLeftStopped(f"the guest could not be continued: {failed}") from failed
+
+
+async def let_run(monitor: Monitor, *, within: float = 20) -> None:
+    """`cont` until the guest is seen running, over a fresh connection if ours is gone.
+
+    Raises GuestLeftStopped (QEMU refuses, or is in a state that `cont` does not leave).
+    """
+    try:
+        async with asyncio.timeout(within):
+            with suppress(MonitorLost):
+                async with alive(monitor) as current:
+                    return await _continue(current)
+            async with alive(monitor) as fresh:
+                await _continue(fresh)
+    except TimeoutError as late:
+        raise GuestLeftStopped(f"not running again after {within:g} s") from late
+
+
+async def _continue(monitor: Monitor) -> None:
+    refusal = ""
+    with monitor.listen("RESUME", "MIGRATION") as events:
+        while True:
+            try:
+                # the reply comes after vm_start(): cheaper than asking for the state first
+                await monitor.execute("cont")
+            except CommandRefused as refused:
+                # "Migration is not finalized yet": `completed` is said a moment too early
+                refusal = str(refused)
+                await _unhold(monitor)
+            state = await query(monitor)
+            if state is RunState.RUNNING:
+                return
+            if state not in _CONTINUABLE:
+                raise GuestLeftStopped(f"the guest is {state}; {refusal}")
+            with suppress(TimeoutError):  # not every change of state has an event: look again
+                async with asyncio.timeout(0.01):
+                    await events.next()
+
+
+async def _unhold(monitor: Monitor) -> None:
+    status: dict[str, Any] = await monitor.execute("query-migrate")
+    if status.get("status") in _HOLDING:
+        await monitor.execute("migrate_cancel")

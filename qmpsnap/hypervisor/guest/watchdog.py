@@ -1,0 +1,109 @@
+"""The engine's end of the watchdog: a process that pays for us when we no longer can.
+
+The other end is `rescuer.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from qmpsnap.errors import GuestNeedsHelp
+from qmpsnap.shield import finish
+
+_RESCUER = Path(__file__).with_name("rescuer.py")
+
+
+class Debt:
+    """One thing owed, while its block lasts."""
+
+    def __init__(self, owner: Watchdog, kinds: frozenset[str], within: float) -> None:
+        self._owner, self.kinds, self._within = owner, kinds, within
+        self.deadline = time.monotonic() + within
+
+    async def renew(self) -> None:
+        """Say that the engine is alive: the deadline counts from now on. Cheap; call often."""
+        if self.deadline - time.monotonic() < self._within - 1:
+            self.deadline = time.monotonic() + self._within
+            await self._owner.tell()
+
+
+class Watchdog:
+    """The engine's end. Nothing is owed until the first `owing`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._debts: list[Debt] = []
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def owing(self, *kinds: str, within: float) -> AsyncIterator[Debt]:
+        """For the block *kinds* are owed: `cont`, `thaw`, and `cancel` (of a migration of ours).
+
+        The other end has taken it before the block begins. It pays when the engine dies, or does
+        not renew or end the block within *within* seconds. If the guest could not be helped
+        (GuestNeedsHelp) the debt stays, and is paid when the engine ends.
+        """
+        debt = Debt(self, frozenset(kinds), within)
+        self._debts.append(debt)
+        await self.tell()
+        try:
+            yield debt
+        except GuestNeedsHelp:
+            raise
+        except BaseException:
+            await finish(self._paid(debt), within=5)
+            raise
+        await finish(self._paid(debt), within=5)
+
+    async def _paid(self, debt: Debt) -> None:
+        self._debts.remove(debt)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Send the sum of what is owed, and wait until it is taken."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        left = min((debt.deadline for debt in self._debts), default=0) - time.monotonic()
+        owed = frozenset().union(*(debt.kinds for debt in self._debts))
+        message = {"within": left, "owed": sorted(owed)} if owed else {}
+        async with self._turn:
+            with contextlib.suppress(ConnectionError):  # it fired: the engine will see
+                process.stdin.write(json.dumps(message).encode() + b"\n")
+                await process.stdin.drain()
+                await process.stdout.readline()
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    qmp: Path, agent: Path | None, *, connection: int, log: Path
+) -> AsyncIterator[Watchdog]:
+    """A watchdog for the block, over the VM at *qmp*; *connection* is the engine's QMP socket.
+
+    What it had to do is appended to *log*.
+    """
+    with log.open("ab") as report:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", str(_RESCUER), str(qmp), str(agent or ""), str(connection)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=report,
+            pass_fds=(connection,),
+            start_new_session=True,  # out of the reach of Ctrl-C and of kill -PGID
+        )
+    try:
+        yield Watchdog(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        waiting = asyncio.ensure_future(process.wait())
+        await asyncio.wait([waiting], timeout=2)
+        if not waiting.done():  # it is paying a debt: let it
+            waiting.cancel()

@@ -1,0 +1,252 @@
+"""The only place that starts a QEMU, and sees to it that it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from qmpsnap.errors import LaunchFailed
+from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option, parse
+from qmpsnap.hypervisor.machine.keyval import Fields
+from qmpsnap.hypervisor.machine.options import Chardev, option_of
+from qmpsnap.hypervisor.machine.relocate import QMP_ID
+from qmpsnap.shield import finish
+
+_BACKLOG = 8  # whoever connects while another client is served waits in the queue
+_UMASK = 0o177  # QEMU's sockets and files are its owner's alone
+_GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+_TAIL = 20  # lines of stderr in a failure
+# Starts "$@" as nobody's child and tells its process id: no zombie of ours when it ends.
+_ORPHANED = 'exec 3>&1; "$@" 3>&- >/dev/null & echo $! >&3'
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A QEMU that we started and that answers on *qmp*."""
+
+    pid: int
+    qmp: Path
+    log: Path
+    _pidfd: int
+
+    async def exited(self) -> None:
+        """Returns when the process has ended."""
+        await _readable(self._pidfd)
+
+
+@contextlib.asynccontextmanager
+async def launched(
+    argv: Sequence[str],
+    *,
+    directory: Path,
+    log: Path,
+    lifetime: Literal["with-us", "detached"] = "with-us",
+    terminal: bool = False,
+    within: float = 30.0,
+) -> AsyncIterator[Launched]:
+    """A QEMU of *argv*, working in *directory*, that has greeted on our QMP socket.
+
+    *argv* has the chardev of `relocate.control`. "with-us" ends with the block (SIGTERM, after
+    5 s SIGKILL) and with our process, however that ends; "detached" outlives both. Its stderr
+    goes to the file *log*; with *terminal* it has our stdin, stdout and process group instead of
+    none. *within* is how long it may take to greet, in seconds. Where the event loop runs in a
+    thread of its own, the end of that thread ends a QEMU "with-us" too (PR_SET_PDEATHSIG).
+
+    Raises LaunchFailed with the last of stderr when it does not get so far; it is then ended.
+    """
+    line = parse(argv)
+    async with contextlib.AsyncExitStack() as stack:
+        listener, path = stack.enter_context(_listening(line))
+        words = _with_descriptor(line, listener.fileno()).argv()
+        with _appending(log) as stderr:
+            start = stderr.tell()
+            pid = await stack.enter_async_context(
+                _process(words, directory, listener.fileno(), stderr.fileno(), lifetime, terminal)
+            )
+        listener.close()  # QEMU has its own copy: when it ends, connecting fails at once
+        pidfd = stack.enter_context(_pidfd(pid, log, start))
+        try:
+            await _greeted(path, pidfd, log, start, within)
+        except BaseException:
+            if lifetime == "detached":
+                await finish(_killed(pidfd), within=10)
+            raise
+        yield Launched(pid, path, log, pidfd)
+
+
+async def _killed(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    await _readable(pidfd)
+
+
+@contextlib.contextmanager
+def _listening(line: CommandLine) -> Iterator[tuple[socket.socket, Path]]:
+    # We listen before QEMU starts, so that nobody has to try again until the socket is there.
+    views = map(Chardev.of, line.all("chardev"))
+    path = next((view.path for view in views if view.id == QMP_ID), None)
+    if path is None:
+        raise LaunchFailed(f"the command line has no chardev {QMP_ID}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        before = os.umask(_UMASK)
+        try:
+            listener.bind(path)
+        except OSError as taken:
+            raise LaunchFailed(f"{path}: {taken.strerror or taken}") from taken
+        finally:
+            os.umask(before)
+        try:
+            listener.listen(_BACKLOG)
+            yield listener, Path(path)
+        except BaseException:
+            # a QEMU that got to work unlinks it when it ends; one that did not, does not
+            Path(path).unlink(missing_ok=True)
+            raise
+
+
+def _with_descriptor(line: CommandLine, number: int) -> CommandLine:
+    def handed(_index: int, option: Option) -> list[Option]:
+        if option.name != "chardev" or Chardev.of(option).id != QMP_ID:
+            return [option]
+        where = (("backend", "socket"), ("id", QMP_ID), ("fd", str(number)))
+        return [option_of("chardev", Fields((*where, ("server", "on"), ("wait", "off"))))]
+
+    return line.replace(handed)
+
+
+@contextlib.asynccontextmanager
+async def _process(
+    words: list[str],
+    directory: Path,
+    listener: int,
+    stderr: int,
+    lifetime: Literal["with-us", "detached"],
+    terminal: bool,
+) -> AsyncIterator[int]:
+    """Starts *words* and gives the process id; a process "with-us" has ended after the block."""
+    detached = lifetime == "detached"
+    setpriv = shutil.which("setpriv")
+    if not detached and setpriv is None:
+        raise LaunchFailed("setpriv is missing", hint="install the package util-linux")
+    # setpriv sets the signal that the kernel sends when we die, then becomes QEMU: in contrast
+    # to a preexec_fn it runs no Python between fork and exec, which threads would make unsafe.
+    prefix = ["/bin/sh", "-c", _ORPHANED, "sh"] if detached else [str(setpriv), "--pdeathsig=KILL"]
+    try:
+        process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's kills its child with the loop
+            [*prefix, *words],
+            cwd=directory,
+            stdin=None if terminal else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if detached else None if terminal else subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=[listener],
+            start_new_session=not terminal,
+            umask=_UMASK,
+        )
+    except OSError as failed:
+        raise LaunchFailed(f"{words[0]}: {failed.strerror or failed}") from failed
+    if detached:
+        with process:
+            told, _ = process.communicate()
+        yield int(told)
+        return
+    try:
+        yield process.pid
+    finally:
+        await finish(_ended(process), within=20)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    pidfd = os.pidfd_open(process.pid)  # not reaped yet: the id is still its own
+    try:
+        process.terminate()
+        try:
+            async with asyncio.timeout(_GRACE):
+                await _readable(pidfd)
+        except TimeoutError:
+            process.kill()
+            await _readable(pidfd)
+    finally:
+        os.close(pidfd)
+    process.wait()
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int, log: Path, start: int) -> Iterator[int]:
+    try:
+        number = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise LaunchFailed(_last_words(log, start, "QEMU ended at once")) from None
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
+async def _greeted(path: Path, pidfd: int, log: Path, start: int, within: float) -> None:
+    """Returns once QEMU has greeted, which it does when the machine is complete."""
+    greeting = asyncio.create_task(_greeting(path))
+    ending = asyncio.create_task(_readable(pidfd))
+    try:
+        async with asyncio.timeout(within):
+            await asyncio.wait({greeting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if greeting.done() and greeting.result():
+                return
+            await ending  # the connection broke: then QEMU is about to end
+    except TimeoutError:
+        raise LaunchFailed(
+            _last_words(log, start, f"QEMU did not greet within {within:g} s")
+        ) from None
+    finally:
+        for task in (greeting, ending):
+            task.cancel()
+        await asyncio.gather(greeting, ending, return_exceptions=True)
+    raise LaunchFailed(_last_words(log, start, "QEMU ended before it greeted"))
+
+
+async def _greeting(path: Path) -> bool:
+    try:
+        reader, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    try:
+        return b'"QMP"' in await reader.readline()
+    except OSError:
+        return False
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _readable(number: int) -> None:
+    loop = asyncio.get_running_loop()
+    seen = asyncio.Event()
+    # asyncio watches a descriptor once: two who wait for the same need one each
+    own = os.dup(number)
+    loop.add_reader(own, seen.set)
+    try:
+        await seen.wait()
+    finally:
+        loop.remove_reader(own)
+        os.close(own)
+
+
+def _appending(log: Path) -> IO[bytes]:
+    log.touch(mode=0o600)
+    return log.open("ab")
+
+
+def _last_words(log: Path, start: int, what: str) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()[-_TAIL:]
+    return "\n".join([f"{what}; {log} ends:", *lines]) if lines else f"{what}, without a word"

@@ -1,0 +1,1 @@
+"""How each option of a captured machine moves to a new place."""

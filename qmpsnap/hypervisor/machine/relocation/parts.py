@@ -1,0 +1,145 @@
+"""The only place that decides which devices, objects and files may come along unchanged."""
+
+from __future__ import annotations
+
+from qmpsnap.errors import Blocked
+from qmpsnap.hypervisor.machine.cmdline import Option
+from qmpsnap.hypervisor.machine.keyval import Fields
+from qmpsnap.hypervisor.machine.options import Device, Object, fields_of, option_of
+from qmpsnap.hypervisor.machine.relocation.scene import Scene
+
+_DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sock-fd"})
+_OUTSIDE = ("vhost-user-", "vhost-scsi", "vfio-", "usb-host", "usb-redir", "scsi-block",
+            "scsi-generic", "virtio-input-host", "x-pci-proxy", "ivshmem-doorbell")  # fmt: skip
+_OUTSIDE_OBJECTS = ("cryptodev-vhost-user", "x-remote-object", "x-vfio-user-server", "input-linux",
+                    "dbus-vmstate", "vhost-user-backend")  # fmt: skip
+
+
+def device(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-device: kept, unless it is a door to something outside of the machine."""
+    view = Device.of(option)
+    name = f"device {view.id or view.driver}"
+    driver = view.driver or ""
+    refuse_descriptors(view.fields, name)
+    if driver.startswith(_OUTSIDE):
+        raise Blocked(f"{name}: {driver} is of this host, its state is not in the snapshot")
+    if driver.startswith("vhost-vsock"):
+        scene.note(f"{name}: keeps its guest CID, which the original must not use any more")
+    fields = view.fields
+    if rom := fields.get("romfile"):
+        fields = fields.set("romfile", scene.rom(rom))
+    for key in ("file", "kernel", "initrd") if driver in ("loader", "guest-loader") else ():
+        if path := fields.get(key):
+            fields = fields.set(key, scene.absolute(path))
+    if driver == "usb-mtp" and not fields.on("readonly"):
+        scene.note(f"{name}: the shared folder is opened read-only")
+        fields = fields.set("readonly", True if fields.json else "on")
+    return [_changed(option, view.fields, fields)]
+
+
+def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-object: kept, with what it writes moved.
+
+    Raises Blocked for memory whose file the original's guest would share.
+    """
+    view = Object.of(option)
+    kind, fields = view.qom_type or "", view.fields
+    name = f"object {view.id or kind}"
+    refuse_descriptors(fields, name)
+    if kind in _OUTSIDE_OBJECTS:
+        raise Blocked(f"{name}: {kind} is tied to something outside of the machine")
+    if kind == "monitor-qmp":
+        return []
+    if kind == "memory-backend-file" and fields.on("share") and not fields.on("readonly"):
+        raise Blocked(f"{name}: share=on would write into the original's memory")
+    for key in ("mem-path", "dir", "filename", "path"):
+        if path := fields.get(key):
+            fields = fields.set(key, scene.absolute(path))
+    if (file := fields.get("file")) is not None:
+        moved = scene.move(file) if kind == "filter-dump" else scene.absolute(file)
+        fields = fields.set("file", moved)
+    return [_changed(option, view.fields, fields)]
+
+
+def shared_folder(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-fsdev, -virtfs: the host's folder can be read from the restored machine, not written."""
+    fields = fields_of(option)
+    name = f"-{option.name} {fields.get('id') or fields.get('mount_tag')}"
+    refuse_descriptors(fields, name)
+    if fields.get("fsdriver") == "proxy":
+        raise Blocked(f"{name}: a 9p proxy serves one machine")
+    if path := fields.get("path"):
+        fields = fields.set("path", scene.absolute(path))
+    if fields.get("fsdriver") == "local" and not fields.on("readonly"):
+        scene.note(f"{name}: the shared folder is opened read-only")
+        fields = fields.set("readonly", "on")
+    return [option_of(option.name, fields)]
+
+
+def tpm(_scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-tpmdev: kept over an emulator, whose chardev moves. Raises Blocked for the host's TPM."""
+    if fields_of(option).get("type") == "passthrough":
+        raise Blocked(f"{option}: the host's TPM cannot be in two machines")
+    return [option]
+
+
+def path(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """An option that is the name of a file which is read."""
+    return [Option(option.name, scene.absolute(option.value or ""))]
+
+
+def rom(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """An option that is the name of a firmware file."""
+    return [Option(option.name, scene.rom(option.value or ""))]
+
+
+def fields_with_paths(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """An option some of whose fields name files which are read."""
+    before = after = fields_of(option)
+    for key in ("file", "path", "events", "data"):
+        if names := before.get(key):
+            # -acpitable takes several, with colons between them
+            parts = names.split(":") if option.name == "acpitable" else [names]
+            after = after.set(key, ":".join(scene.absolute(part) for part in parts))
+    if option.name == "trace" and (log := before.get("file")):
+        after = after.set("file", scene.move(log))
+    if name := before.get("romfile"):
+        after = after.set("romfile", scene.rom(name))
+    return [_changed(option, before, after)]
+
+
+def written(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """An option that is the name of a file which is written."""
+    return [Option(option.name, scene.move(option.value or ""))]
+
+
+def clock(_scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-icount: kept. Raises Blocked for a recording, which is a file that goes on being written."""
+    if fields_of(option).has("rr"):
+        raise Blocked(f"{option}: a recorded machine cannot be restored")
+    return [option]
+
+
+def process(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-run-with: without what needs the original's surroundings."""
+    before = fields_of(option)
+    after = before.without("chroot", "user", "exit-with-parent")
+    if after.pairs != before.pairs:
+        scene.note(f"{option}: chroot, user and exit-with-parent are left out")
+    return [_changed(option, before, after)] if after.pairs else []
+
+
+def refuse_descriptors(fields: Fields, name: str) -> None:
+    """Raises Blocked when *fields* refer to a descriptor that QEMU was handed."""
+    for key, value in fields:
+        kind_of_address = fields.get(f"{key.rpartition('.')[0]}.type") or ""
+        is_descriptor = key in _DESCRIPTORS or (key.endswith(".str") and kind_of_address == "fd")
+        if is_descriptor or str(value).startswith("/dev/fdset/"):
+            raise Blocked(
+                f"{name}: {key}={value} is an open descriptor, which a restore cannot give"
+            )
+
+
+def _changed(option: Option, before: Fields, after: Fields) -> Option:
+    # what did not change keeps its spelling too
+    return option if before.pairs == after.pairs else option_of(option.name, after)

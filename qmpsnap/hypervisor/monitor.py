@@ -1,0 +1,215 @@
+"""The door to QEMU's QMP monitor: the only importer of qemu.qmp, with its traps wrapped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
+
+from qmpsnap.errors import CommandRefused, MonitorAbsent, MonitorBusy, MonitorLost, ReplyMalformed
+from qmpsnap.shield import finish
+
+T = TypeVar("T")
+_wire = logging.getLogger("qmpsnap.wire")
+_wire.propagate = False  # what it reports reaches the caller as an exception
+_wire.addHandler(logging.NullHandler())
+
+
+class _Client(QMPClient):
+    logger = _wire
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One QMP event; *at* is QEMU's own timestamp, in seconds since the epoch."""
+
+    name: str
+    data: Mapping[str, Any]
+    at: float
+
+
+class Events:
+    """The events of one `listen` block, in the order in which QEMU sent them."""
+
+    def __init__(self, listener: EventListener, lost: asyncio.Future[None], name: str) -> None:
+        self._listener, self._lost, self._name = listener, lost, name
+
+    async def next(self) -> Event:
+        """The next event; waits for ever, so bound it with asyncio.timeout.
+
+        Raises MonitorLost when QEMU goes away (a bare listener would wait on).
+        """
+        if self._listener.empty():
+            getting: asyncio.Future[Message] = asyncio.ensure_future(self._listener.get())
+            try:
+                either: list[asyncio.Future[Any]] = [getting, self._lost]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    raise MonitorLost(f"{self._name}: QEMU closed the monitor")
+                return _event(getting.result())
+            finally:
+                getting.cancel()
+        return _event(await self._listener.get())
+
+    def pending(self) -> list[Event]:
+        """What has arrived and was not yet taken."""
+        return [_event(message) for message in self._listener.clear()]
+
+
+class Monitor:
+    """One QMP session. QEMU serves one client a monitor: hold it no longer than needed."""
+
+    def __init__(self, path: Path, client: QMPClient, sock: socket.socket) -> None:
+        self.path = path
+        self._client, self._sock = client, sock
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watch = asyncio.ensure_future(self._see_it_go())
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False
+    ) -> Any:
+        """Run one command and give its `return`.
+
+        Cancelling this stops the waiting, not the command: QEMU runs what it has read.
+
+        Raises CommandRefused with QEMU's words, or MonitorLost (did it run? look before acting).
+        """
+        try:
+            return await self._client.execute(command, dict(arguments or {}), oob=oob)
+        except ExecuteError as refused:
+            raise CommandRefused(command, refused.error_class, str(refused)) from refused
+        except (ExecInterruptedError, StateError, OSError) as lost:
+            self._mark_lost()
+            raise MonitorLost(f"{self.path}: connection lost at {command}") from lost
+        except QMPError as odd:
+            raise ReplyMalformed(f"{command}: {odd}") from odd
+
+    async def query(
+        self, command: str, kind: type[T], arguments: Mapping[str, object] | None = None
+    ) -> T:
+        """Run one command and give its `return` as *kind*; fields that we do not know are dropped.
+
+        Raises as `execute`, and ReplyMalformed naming the path of the odd value.
+        """
+        reply = await self.execute(command, arguments)
+        try:
+            return msgspec.convert(reply, kind)
+        except msgspec.ValidationError as odd:
+            raise ReplyMalformed(f"{command}: {odd}") from odd
+
+    @contextlib.contextmanager
+    def listen(self, *names: str) -> Iterator[Events]:
+        """Collect the events called *names* for the block. Listen first, then act."""
+        with self._client.listener(names) as listener:
+            yield Events(listener, self._lost, str(self.path))
+
+    async def send_fd(self, fd: int) -> None:
+        """Hand *fd* to QEMU; the command right after this one (getfd, add-fd) takes it."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (StateError, OSError) as lost:
+            raise MonitorLost(f"{self.path}: connection lost at sending a descriptor") from lost
+
+    def fileno(self) -> int:
+        """The connection's descriptor, for the watchdog to cut it when we no longer can."""
+        return self._sock.fileno()
+
+    @property
+    def lost(self) -> bool:
+        return self._lost.done()
+
+    async def _see_it_go(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        self._mark_lost()
+
+    def _mark_lost(self) -> None:
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    async def _leave(self) -> None:
+        self._watch.cancel()
+        with contextlib.suppress(EOFError, OSError, QMPError):  # QEMU may have gone first
+            await self._client.disconnect()
+        self._mark_lost()
+
+
+@contextlib.asynccontextmanager
+async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
+    """A QMP session with the QEMU at the unix socket *path*, greeted within *within* seconds.
+
+    Raises MonitorAbsent (nobody listens), MonitorBusy (accepted but not greeted: somebody else
+    is being served, or QEMU hangs), or ReplyMalformed (this is no QMP).
+    """
+    sock = _reach(path)
+    client = _Client(path.name)
+    # the default listener keeps every event for ever: make it deaf
+    client.events.event_filter = lambda _: False
+    try:
+        await finish(client.connect(sock), within=within)
+    except TimeoutError as silent:
+        raise MonitorBusy(f"{path}: no greeting within {within:g} s") from silent
+    except ConnectError as failed:
+        if isinstance(failed.exc, EOFError | OSError):
+            raise MonitorAbsent(f"{path}: closed before its greeting") from failed
+        raise ReplyMalformed(f"{path}: not a QMP monitor: {failed}") from failed
+    finally:
+        if client.runstate is not Runstate.RUNNING:
+            sock.close()
+    monitor = Monitor(path, client, sock)
+    try:
+        yield monitor
+    finally:
+        await finish(monitor._leave(), within=10)
+
+
+@contextlib.asynccontextmanager
+async def alive(monitor: Monitor, *, within: float = 10.0) -> AsyncIterator[Monitor]:
+    """*monitor* itself, or a fresh session with the same QEMU if that one is gone.
+
+    For debts: what must be paid is paid over whatever connection there is.
+    """
+    if not monitor.lost:
+        yield monitor
+        return
+    async with connect(monitor.path, within=within) as fresh:
+        yield fresh
+
+
+def _reach(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # the backlog is 1: behind a client that waits for its turn connect() would block
+        sock.setblocking(False)
+        sock.connect(str(path))
+    except BlockingIOError as full:
+        sock.close()
+        raise MonitorBusy(f"{path}: others are queueing for it already") from full
+    except OSError as absent:
+        sock.close()
+        raise MonitorAbsent(f"{path}: {absent.strerror or absent}") from absent
+    return sock
+
+
+def _event(message: Message) -> Event:
+    stamp = message.get("timestamp") or {}
+    at = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6  # type: ignore[attr-defined]
+    return Event(str(message["event"]), message.get("data") or {}, at)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Execution state: taking it and loading it."""

@@ -1,0 +1,126 @@
+"""Execution state taken live: passes over the RAM while the guest runs, held for the last one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from qmpsnap.errors import MigrationFailed
+from qmpsnap.hypervisor.guest import runstate
+from qmpsnap.hypervisor.guest.watchdog import Debt
+from qmpsnap.hypervisor.monitor import Events
+from qmpsnap.hypervisor.vmstate import migration
+from qmpsnap.hypervisor.vmstate.convergence import Convergence, Verdict
+from qmpsnap.hypervisor.vmstate.session import Fix, Session, bounded, give_back, timed
+from qmpsnap.hypervisor.vmstate.target import Target
+from qmpsnap.shield import finish
+
+
+class DoesNotConverge(MigrationFailed):
+    """The guest dirties its RAM faster than it can be saved; it was let alone again."""
+
+    hint = "`--ram background` does not depend on it; a longer --max-pause may help"
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """*pause*: seconds that the guest shall be held at most. *budget*: seconds that the passes
+    after the first may take. *stretch*: when they do not suffice, double the pause, up to the
+    session's max_pause, instead of giving up."""
+
+    pause: float
+    budget: float
+    stretch: bool
+
+
+async def live(
+    session: Session, target: Target, fix: Fix, aim: Aim, *, before_switch: Fix | None = None
+) -> None:
+    """Save the RAM of the running guest; at the switchover it is held and *fix* is called.
+
+    *before_switch* is awaited with the guest running, as near to the hold as can be (the freeze).
+    Raises DoesNotConverge, PauseTooLong, MigrationFailed; the guest runs on then.
+    """
+    monitor = session.monitor
+    first = 0 if before_switch else round(aim.pause * 1000)
+    async with (
+        timed(session),
+        migration.tuned(monitor, {"pause-before-switchover"}, {"downtime-limit": first}),
+        session.watchdog.owing("cont", "cancel", within=session.deadline) as owed,
+    ):
+        try:
+            with monitor.listen("MIGRATION") as events:
+                # from here on QEMU may stop the guest at any moment
+                await monitor.execute("migrate", {"uri": target.uri})
+                passes = _Passes(session, events, owed, aim)
+                if before_switch is not None:
+                    await passes.until_short()
+                    await before_switch()
+                    await passes.allow(aim.pause)
+                await passes.until_held()
+                async with bounded(session):
+                    await fix()
+                    await monitor.execute("migrate-continue", {"state": "pre-switchover"})
+                    await migration.reach(monitor, events, "completed")
+        except BaseException:
+            await finish(give_back(monitor), within=30)
+            raise
+        await finish(runstate.let_run(monitor), within=30)
+
+
+class _Passes:
+    """The time from `migrate` to `pre-switchover`."""
+
+    def __init__(self, session: Session, events: Events, owed: Debt, aim: Aim) -> None:
+        self._session, self._events, self._owed, self._aim = session, events, owed, aim
+        self._start = time.monotonic()
+        self._outlook = Convergence(aim.budget)
+        self._pause = aim.pause
+
+    async def until_short(self) -> None:
+        """Until what is left would fit into about the wanted pause."""
+        while True:
+            now = await self._look()
+            if now.status == "pre-switchover":
+                raise MigrationFailed("the guest was held before it could be frozen")
+            rate = now.ram.mbps * 125_000 or 1 << 30  # bytes a second
+            short = now.ram.remaining < rate * self._aim.pause * 4
+            if (now.ram.dirty_sync_count >= 2 and short) or self._stuck(now):
+                return  # a frozen guest writes less: it may converge yet
+            await migration.woken(self._events, within=0.05)
+
+    async def until_held(self) -> None:
+        """Until QEMU holds the guest before the last pass. Raises DoesNotConverge."""
+        while (now := await self._look()).status != "pre-switchover":
+            if self._stuck(now):
+                await self._stretch(now)
+            await migration.woken(self._events, within=0.1)
+
+    async def allow(self, seconds: float) -> None:
+        """Let the last pass take *seconds*."""
+        await self._session.monitor.execute(
+            "migrate-set-parameters", {"downtime-limit": round(seconds * 1000)}
+        )
+
+    async def _look(self) -> migration.Migration:
+        now = await migration.query(self._session.monitor)
+        now.refuse_over()
+        self._session.show(now)
+        await self._owed.renew()
+        return now
+
+    def _stuck(self, now: migration.Migration) -> bool:
+        return self._outlook.judge(now.ram, time.monotonic() - self._start) is Verdict.STUCK
+
+    async def _stretch(self, now: migration.Migration) -> None:
+        self._pause *= 2
+        bound = self._session.max_pause
+        if not self._aim.stretch or (bound is not None and self._pause > bound * 0.7):
+            dirtied = now.ram.dirty_pages_rate * now.ram.page_size >> 20
+            raise DoesNotConverge(
+                f"after {now.ram.dirty_sync_count} passes {now.ram.remaining >> 20} MiB of RAM "
+                f"remain; the guest dirties {dirtied} MiB/s"
+            )
+        await self.allow(self._pause)
+        self._start = time.monotonic()
+        self._outlook = Convergence(self._aim.budget / 2, first_pass=0.0)

@@ -1,0 +1,152 @@
+"""QEMU's migration as we use it: tuned for one capture, watched, called off, and set back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+
+import msgspec
+
+from qmpsnap.errors import (
+    CommandRefused,
+    MigrationFailed,
+    MonitorAbsent,
+    MonitorBusy,
+    MonitorLost,
+)
+from qmpsnap.hypervisor.monitor import Events, Monitor, alive
+from qmpsnap.hypervisor.schema import set_capabilities
+from qmpsnap.shield import finish
+
+_UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
+_OVER = {"completed", "failed", "cancelled", "none"}
+
+
+class Ram(msgspec.Struct, frozen=True, rename="kebab"):
+    """`ram` of query-migrate: bytes, pages, passes."""
+
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    duplicate: int = 0
+    normal: int = 0
+    mbps: float = 0.0
+    dirty_sync_count: int = 0
+    dirty_pages_rate: int = 0
+    page_size: int = 4096
+
+
+class Migration(msgspec.Struct, frozen=True, rename="kebab"):
+    """query-migrate, as far as we read it; times in milliseconds."""
+
+    status: str = "none"
+    ram: Ram = Ram()
+    error_desc: str = ""
+    blocked_reasons: list[str] = []
+    total_time: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.status in _OVER
+
+    def refuse_over(self) -> None:
+        """Raises MigrationFailed with QEMU's words if nothing is under way any more."""
+        if self.over:
+            raise MigrationFailed(
+                f"migration {self.status}: {self.error_desc or 'QEMU gave no reason'}"
+            )
+
+
+async def query(monitor: Monitor) -> Migration:
+    return await monitor.query("query-migrate", Migration)
+
+
+@asynccontextmanager
+async def tuned(
+    monitor: Monitor, capabilities: set[str], parameters: Mapping[str, object]
+) -> AsyncIterator[None]:
+    """For the block exactly *capabilities* (and `events`) are on, and *parameters* hold.
+
+    Afterwards everything is as it was found: capabilities and parameters outlive a migration.
+    """
+    before = {
+        item["capability"]: item["state"]
+        for item in await monitor.execute("query-migrate-capabilities")
+    }
+    wanted = {name: name in capabilities | {"events"} for name in before}
+    changes = {name: state for name, state in wanted.items() if state != before[name]}
+    old = await monitor.execute("query-migrate-parameters")
+    ours = {"max-bandwidth": _UNLIMITED, **parameters}
+    try:
+        # off before on: QEMU checks each call's outcome, and some exclude one another
+        for state in (False, True):
+            if some := {name: to for name, to in changes.items() if to is state}:
+                await set_capabilities(monitor, some)
+        await monitor.execute("migrate-set-parameters", ours)
+        yield
+    finally:
+        await finish(_set_back(monitor, changes, {name: old[name] for name in ours}), within=10)
+
+
+async def _set_back(monitor: Monitor, changes: dict[str, bool], old: dict[str, object]) -> None:
+    # if QEMU is out of reach the journal knows, and `recover` does it then
+    with suppress(MonitorLost, MonitorAbsent, MonitorBusy):
+        async with alive(monitor) as current:
+            await set_back(current, {name: not to for name, to in changes.items()}, old)
+
+
+async def set_back(
+    monitor: Monitor, capabilities: dict[str, bool], parameters: dict[str, object]
+) -> None:
+    """Give QEMU these capabilities and parameters again."""
+    if parameters:
+        await monitor.execute("migrate-set-parameters", parameters)
+    for state in (False, True):
+        if some := {name: to for name, to in capabilities.items() if to is state}:
+            await set_capabilities(monitor, some)
+
+
+async def reach(
+    monitor: Monitor,
+    events: Events,
+    *statuses: str,
+    each: Callable[[Migration], Awaitable[None]] | None = None,
+    incoming: bool = False,
+) -> Migration:
+    """Wait until the migration is in one of *statuses*; *each* is awaited with every look at it.
+
+    An *incoming* one says `none` until its first byte came.
+
+    Woken by MIGRATION events, decided by query-migrate. Raises MigrationFailed with QEMU's words
+    if it ends in another way.
+    """
+    while True:
+        now = await query(monitor)
+        if each is not None:
+            await each(now)
+        if now.status in statuses:
+            return now
+        if not (incoming and now.status == "none"):
+            now.refuse_over()
+        await woken(events, within=0.1)
+
+
+async def woken(events: Events, *, within: float) -> bool:
+    """True if an event came within *within* seconds."""
+    try:
+        async with asyncio.timeout(within):
+            await events.next()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def call_off(monitor: Monitor) -> None:
+    """Cancel what is under way and see it end; nothing to do if nothing is."""
+    with monitor.listen("MIGRATION") as events:
+        while not (now := await query(monitor)).over:
+            if now.status != "cancelling":
+                with suppress(CommandRefused):
+                    await monitor.execute("migrate_cancel")
+            await woken(events, within=0.05)

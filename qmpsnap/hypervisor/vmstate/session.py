@@ -1,0 +1,104 @@
+"""What every way of taking the execution state shares: the VM, its guard, and the pause."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from qmpsnap.errors import MonitorLost, PauseTooLong
+from qmpsnap.hypervisor.guest import runstate
+from qmpsnap.hypervisor.guest.watchdog import Watchdog
+from qmpsnap.hypervisor.monitor import Monitor, alive
+from qmpsnap.hypervisor.vmstate import migration
+
+Fix = Callable[[], Awaitable[None]]
+"""Fixes the disks (the transaction): called once, at the instant whose RAM is saved."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+MARGIN = 10.0  # seconds past which the watchdog takes the engine for hung
+
+
+class RamMode(StrEnum):
+    BACKGROUND = "background"
+    LIVE = "live"
+    PAUSED = "paused"
+    NONE = "none"
+
+
+@dataclass(slots=True)
+class Pause:
+    """STOP and RESUME by QEMU's own timestamps, in seconds since the epoch."""
+
+    stopped_at: float | None = None
+    resumed_at: float | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        if self.stopped_at is None or self.resumed_at is None:
+            return 0.0
+        return (self.resumed_at - self.stopped_at) * 1000
+
+
+@dataclass(slots=True)
+class Session:
+    """*running*: the guest ran before. *max_pause*: seconds, None for no bound."""
+
+    monitor: Monitor
+    watchdog: Watchdog
+    running: bool
+    max_pause: float | None
+    progress: Progress | None = None
+    pause: Pause = field(default_factory=Pause)
+
+    @property
+    def deadline(self) -> float:
+        """Seconds after which the watchdog pays for a held guest."""
+        return (self.max_pause or 0.0) + MARGIN
+
+    def show(self, now: migration.Migration) -> None:
+        if self.progress is not None and now.ram.total:
+            self.progress(now.ram.total - now.ram.remaining, now.ram.total)
+
+
+@asynccontextmanager
+async def timed(session: Session) -> AsyncIterator[None]:
+    """Takes the first STOP and the last RESUME of the block for the session's pause."""
+    with session.monitor.listen("STOP", "RESUME") as events:
+        try:
+            yield
+        finally:
+            for event in events.pending():
+                if event.name == "RESUME":
+                    session.pause.resumed_at = event.at
+                elif session.pause.stopped_at is None:
+                    session.pause.stopped_at = event.at
+
+
+@asynccontextmanager
+async def bounded(session: Session) -> AsyncIterator[None]:
+    """The block, in which the guest is held, ends in PauseTooLong before max_pause is over."""
+    try:
+        # a tenth is kept back for the way from this deadline to the `cont`
+        async with asyncio.timeout(None if session.max_pause is None else session.max_pause * 0.9):
+            yield
+    except TimeoutError as late:
+        assert session.max_pause is not None
+        raise PauseTooLong(
+            f"the guest would have been held longer than {session.max_pause * 1000:g} ms"
+        ) from late
+
+
+async def give_back(monitor: Monitor) -> None:
+    """Call off a migration of ours and let the guest run, over whatever connection there is."""
+    with suppress(MonitorLost):
+        async with alive(monitor) as current:
+            await migration.call_off(current)
+            return await runstate.let_run(current)
+    async with alive(monitor) as fresh:
+        await migration.call_off(fresh)
+        await runstate.let_run(fresh)

@@ -1,0 +1,137 @@
+"""Where a captured stream goes: a file on a local disk, whichever way this QEMU takes it.
+
+`direct` lets QEMU write the file itself. `drained` puts a pipe and a process of its own between:
+what reads never stops reading, even when the disk is full or the engine is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.shield import finish
+
+_DRAIN = Path(__file__).with_name("drain.py")
+_FDNAME = "qmpsnap-out"
+_OPAQUE = "qmpsnap"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """*uri* is what `migrate` is given."""
+
+    uri: str
+
+
+@asynccontextmanager
+async def direct(monitor: Monitor, path: Path, *, file_uri: bool) -> AsyncIterator[Target]:
+    """A new file at *path* that QEMU writes; whole and fsynced when the block ends well.
+
+    We keep a descriptor of our own open to the end: the last close of a freshly written file can
+    block QEMU's main loop, and the guest with it, for a second (seen on 7.2, 10.0 and 11.1).
+
+    Raises LocalFailed when the file cannot be made or synced.
+    """
+    fd = _create(path)
+    set_id: int | None = None
+    try:
+        await monitor.send_fd(fd)
+        if file_uri:
+            added = await monitor.execute("add-fd", {"opaque": _OPAQUE})
+            set_id = added["fdset-id"]
+            yield Target(f"file:/dev/fdset/{set_id}")
+        else:  # 7.2 has no file: URI; 11 takes no regular file as fd:
+            await monitor.execute("getfd", {"fdname": _FDNAME})
+            yield Target(f"fd:{_FDNAME}")
+        await _in_thread_synced(fd, path)
+    finally:
+        try:
+            await finish(_forget(monitor, set_id), within=10)
+        finally:
+            await asyncio.to_thread(os.close, fd)
+
+
+@asynccontextmanager
+async def drained(monitor: Monitor, path: Path, *, size: int) -> AsyncIterator[Target]:
+    """A new file at *path*, of which *size* bytes are allocated before the guest is touched.
+
+    The reading process has a session of its own and reads to the end whatever happens. When the
+    block ends well the file holds the whole stream, synced; else LocalFailed.
+    """
+    fd = _create(path)
+    reading, writing = os.pipe()
+    try:
+        try:
+            await asyncio.to_thread(os.posix_fallocate, fd, 0, size)
+        except OSError as full:
+            raise LocalFailed(
+                f"{path}: no room for the guest's RAM ({size >> 20} MiB): {full.strerror}"
+            ) from full
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", str(_DRAIN), str(reading), str(fd)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=(reading, fd),
+            start_new_session=True,
+        )
+        os.close(reading)
+        reading = -1
+        await monitor.send_fd(writing)
+        await monitor.execute("getfd", {"fdname": _FDNAME})
+        os.close(writing)
+        writing = -1
+        ended = False
+        try:
+            yield Target(f"fd:{_FDNAME}")
+            ended = True
+        finally:
+            if not ended:
+                await finish(_forget(monitor, None), within=10)
+        report, _ = await process.communicate()
+        outcome = json.loads(report or b"{}")
+        if outcome.get("error") or "bytes" not in outcome:
+            raise LocalFailed(f"{path}: {outcome.get('error') or 'the reading process died'}")
+    finally:
+        for open_fd in (reading, writing, fd):
+            if open_fd >= 0:
+                os.close(open_fd)
+
+
+def _create(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed
+
+
+async def _in_thread_synced(fd: int, path: Path) -> None:
+    try:
+        await asyncio.to_thread(os.fsync, fd)
+    except OSError as failed:
+        raise LocalFailed(f"{path}: {failed.strerror}") from failed
+
+
+async def _forget(monitor: Monitor, set_id: int | None) -> None:
+    with contextlib.suppress(CommandRefused, MonitorLost):
+        if set_id is None:
+            await monitor.execute("closefd", {"fdname": _FDNAME})
+        else:
+            await monitor.execute("remove-fd", {"fdset-id": set_id})
+
+
+async def forget_all(monitor: Monitor) -> None:
+    """Close the descriptors that an engine that died left in QEMU."""
+    for fdset in await monitor.execute("query-fdsets"):
+        if any(fd.get("opaque") == _OPAQUE for fd in fdset["fds"]):
+            await _forget(monitor, fdset["fdset-id"])
+    await _forget(monitor, None)

@@ -1,0 +1,262 @@
+"""The store half as files: the only place that reads and writes below the store root.
+
+Everything here may block for as long as the store does; it runs in the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from qmpsnap.errors import (
+    DamagedData,
+    DigestMismatch,
+    HalfMissing,
+    LocalFailed,
+    SnapError,
+    StoreError,
+    UsageError,
+)
+from qmpsnap.ids import is_snapshot_id, is_vm_name
+from qmpsnap.store import wire
+from qmpsnap.store.files import (
+    Progress,
+    copy_to_fd,
+    copy_verified,
+    digest_bytes,
+    expect,
+    make_folders,
+    partial,
+    publish,
+    read_small,
+    sync_folder,
+    told,
+)
+from qmpsnap.store.layout import MANIFEST, StoreRoot
+from qmpsnap.store.manifest import FileEntry, Manifest, decode
+from qmpsnap.store.pack import unpack_to_fd
+
+_SMALL = 16 << 20
+_GONE = "the store half is not sealed, or not there"
+
+
+def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shipped:
+    """Copy the sealed spool to the store, its manifest last. What is there already stays.
+
+    A run that was broken off anywhere is made good by the next one.
+
+    Raises HalfMissing, ManifestError or DigestMismatch when the spool is not what it should be,
+    and StoreError, also when another half is sealed under this ID.
+    """
+    spool = Path(request.spool)
+    path = root.manifest(request.vm, request.id)
+    content, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
+    if os.path.lexists(path) and read_small(path, side=StoreError) != content:
+        raise StoreError(f"{path}: another store half is sealed there")
+    make_folders(path.parent, root.path, side=StoreError)
+    for entry in manifest.files:
+        src, dst = spool / entry.name, path.parent / entry.name
+        if not os.path.lexists(src):
+            raise HalfMissing(f"{src}: is missing")
+        make_folders(dst.parent, root.path, side=StoreError)
+        copy_verified(src, dst, entry, progress)
+    publish(path, content, side=StoreError)
+    size = sum(entry.bytes for entry in manifest.files) + len(content)
+    return wire.Shipped(manifest_blake3=digest_bytes(content), bytes=size)
+
+
+def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listing:
+    """All snapshot folders, of *vm* or of all VMs; what is not ours is named, and left alone.
+
+    Raises StoreError when the root itself cannot be read.
+    """
+    found: list[wire.Found] = []
+    foreign: list[str] = []
+    names = _entries(root.path) if vm is None else [vm] if os.path.lexists(root.vm(vm)) else []
+    for name in names:
+        if not (is_vm_name(name) and _is_folder(root.path / name)):
+            foreign.append(name)
+            continue
+        for id in _entries(root.vm(name)):
+            if is_snapshot_id(id) and _is_folder(root.vm(name) / id):
+                found.append(_found(root, name, id))
+                progress(len(found), 0, f"looking at {name}")
+            else:
+                foreign.append(f"{name}/{id}")
+    return wire.Listing(found=found, foreign=foreign)
+
+
+def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wire.Problem]:
+    """Read all of a store half, and name each file that is not as it was sealed."""
+    folder = root.snapshot(request.vm, request.id)
+    try:
+        _, manifest = _sealed(root, request)
+    except (DamagedData, StoreError) as failed:
+        return [wire.Problem(file=MANIFEST, what=str(failed))]
+    problems = []
+    for entry in manifest.files:
+        try:
+            expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
+        except (DamagedData, StoreError) as failed:
+            problems.append(wire.Problem(file=entry.name, what=str(failed)))
+    listed = {MANIFEST, *(entry.name for entry in manifest.files)}
+    extra = sorted(set(_walk(folder, folder)) - listed)
+    return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
+
+
+def read(root: StoreRoot, request: wire.Read) -> str:
+    """The text of a small file, checked. Raises StoreError, DamagedData."""
+    content, manifest = _sealed(root, request)
+    path = root.manifest(request.vm, request.id)
+    if request.name != MANIFEST:
+        entry = _entry(manifest, request.name)
+        path = _path(root, request, entry)
+        if entry.bytes > _SMALL:
+            raise StoreError(f"{path}: too large to be read at once ({entry.bytes} bytes)")
+        content = read_small(path, side=StoreError, limit=entry.bytes + 1)
+        if (len(content), digest_bytes(content)) != (entry.bytes, entry.blake3):
+            raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as failed:
+        raise DamagedData(f"{path}: is no text: {failed}") from failed
+
+
+def load(root: StoreRoot, request: wire.Load, progress: Progress) -> int:
+    """Write a file, unpacked, into the descriptor; the bytes written are returned.
+
+    The file is read once, whole, and checked before the first byte of it is passed on.
+
+    Raises StoreError, DamagedData, and LocalFailed when the descriptor takes no more.
+    """
+    _, manifest = _sealed(root, request)
+    entry = _entry(manifest, request.name)
+    path = _path(root, request, entry)
+    expect(path, entry, side=StoreError, on_progress=progress)
+    return _unpack(manifest, entry, path, request.fd, progress)
+
+
+def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress) -> None:
+    """Publish a checked copy of a file at a local path, unpacked if so asked.
+
+    Raises StoreError, DamagedData, and LocalFailed, also when the path exists with other content.
+    """
+    _, manifest = _sealed(root, request)
+    entry, to = _entry(manifest, request.name), Path(request.to)
+    path = _path(root, request, entry)
+    if not request.unpack:
+        copy_verified(path, to, entry, progress, source=StoreError, target=LocalFailed)
+        return
+    expect(path, entry, side=StoreError, on_progress=progress)
+    with partial(to, LocalFailed) as descriptor:
+        _unpack(manifest, entry, path, descriptor, progress)
+
+
+def remove(root: StoreRoot, request: wire.Remove) -> None:
+    """Delete a store half: unsealed first, so that what is left after a crash never looks whole.
+
+    Nothing to delete is as good. Raises StoreError.
+    """
+    folder = root.snapshot(request.vm, request.id)
+    with told(folder, StoreError):
+        if not os.path.lexists(folder):
+            return
+        if not (_is_folder(folder.parent) and _is_folder(folder)):
+            raise StoreError(f"{folder}: not a folder of ours")
+        with suppress(FileNotFoundError):
+            (folder / MANIFEST).unlink()
+            sync_folder(folder)
+        shutil.rmtree(folder)
+        sync_folder(folder.parent)
+
+
+def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
+    ram = manifest.ram if manifest.ram.file == entry.name else None
+    packed = ram.compression == "zstd" if ram else entry.name.endswith(".zst")
+    if not packed:
+        return copy_to_fd(path, fd, entry, side=StoreError, on_progress=progress)
+    return unpack_to_fd(
+        path,
+        fd,
+        raw_bytes=ram.raw_bytes if ram else None,
+        raw_blake3=ram.raw_blake3 if ram else None,
+        on_progress=progress,
+    )
+
+
+def _sealed(root: StoreRoot, request: wire.Sealed) -> tuple[bytes, Manifest]:
+    path = root.manifest(request.vm, request.id)
+    content, manifest = _manifest(path, request, side=StoreError)
+    if request.seal is not None and digest_bytes(content) != request.seal:
+        raise DigestMismatch(f"{path}: is not the manifest that the local half names (BLAKE3)")
+    return content, manifest
+
+
+def _manifest(
+    path: Path, request: wire.Half, *, side: type[StoreError] | type[LocalFailed]
+) -> tuple[bytes, Manifest]:
+    if not os.path.lexists(path):
+        raise HalfMissing(f"{path}: {_GONE}")
+    content = read_small(path, side=side, limit=_SMALL)
+    manifest = decode(content, Manifest, path)
+    if (manifest.vm, manifest.id) != (request.vm, request.id):
+        raise DamagedData(f"{path}: is the manifest of {manifest.vm} {manifest.id}")
+    return content, manifest
+
+
+def _entry(manifest: Manifest, name: str) -> FileEntry:
+    entry = manifest.entry(name)
+    if entry is None:
+        raise UsageError(f"the store half of {manifest.vm} {manifest.id} has no file {name!r}")
+    return entry
+
+
+def _path(root: StoreRoot, request: wire.Half, entry: FileEntry) -> Path:
+    """Where a listed file lies; never behind a symbolic link, which could lead anywhere."""
+    here = root.vm(request.vm)
+    for part in [request.id, *entry.name.split("/")]:
+        if not _is_folder(here):
+            raise HalfMissing(f"{here}: is missing, or not a folder of ours")
+        here = here / part
+    if not os.path.lexists(here):
+        raise HalfMissing(f"{here}: is missing")
+    return here
+
+
+def _found(root: StoreRoot, vm: str, id: str) -> wire.Found:
+    path = root.manifest(vm, id)
+    text, digest, problem = None, None, None
+    try:
+        if os.path.lexists(path):
+            content = read_small(path, side=StoreError, limit=_SMALL)
+            text, digest = content.decode(), digest_bytes(content)
+    except UnicodeDecodeError as failed:
+        problem = f"{path}: is no text: {failed}"
+    except SnapError as failed:
+        problem = str(failed)
+    return wire.Found(vm=vm, id=id, manifest=text, manifest_blake3=digest, problem=problem)
+
+
+def _walk(folder: Path, top: Path) -> Iterator[str]:
+    for name in _entries(folder):
+        path = folder / name
+        if _is_folder(path):
+            yield from _walk(path, top)
+        else:
+            yield str(path.relative_to(top))
+
+
+def _entries(folder: Path) -> list[str]:
+    with told(folder, StoreError):
+        return sorted(path.name for path in folder.iterdir())
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False

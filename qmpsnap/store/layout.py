@@ -1,0 +1,91 @@
+"""Where everything lies on the two roots: the only place that puts their paths together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.errors import UsageError
+from qmpsnap.ids import SnapshotId, is_snapshot_id, is_vm_name
+
+STORAGE = "storage.json"
+MANIFEST = "manifest.json"
+PAIRED = "paired.json"
+IDENTITY = "identity.json"
+PARTIAL = ".partial"
+
+Id = SnapshotId | str
+
+
+@dataclass(frozen=True, slots=True)
+class _Root:
+    path: Path
+
+    def vm(self, name: str) -> Path:
+        """The folder of a VM. Raises UsageError for a name that may not be a folder of ours."""
+        if not is_vm_name(name):
+            raise UsageError(f"not a name for a VM: {name!r}")
+        return self.path / name
+
+    def snapshot(self, vm: str, id: Id) -> Path:
+        """The folder of one half. Raises UsageError for what is no snapshot ID."""
+        if not is_snapshot_id(str(id)):
+            raise UsageError(f"not a snapshot id: {str(id)!r}")
+        return self.vm(vm) / str(id)
+
+    def vms(self) -> list[str]:
+        """The VMs that have a folder here, by name; other names are left out. Raises OSError."""
+        return sorted(name for name in _folders(self.path) if is_vm_name(name))
+
+    def ids(self, vm: str) -> list[SnapshotId]:
+        """The snapshots that have a folder here, oldest first. Raises OSError."""
+        names = _folders(self.vm(vm))
+        return sorted(SnapshotId(name) for name in names if is_snapshot_id(name))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRoot(_Root):
+    """The paths of the local halves, of what belongs to a VM on this host, and of the spools."""
+
+    def lock(self, vm: str) -> Path:
+        return self.vm(vm) / "lock"
+
+    def journal(self, vm: str) -> Path:
+        return self.vm(vm) / "journal"
+
+    def identity(self, vm: str) -> Path:
+        return self.vm(vm) / IDENTITY
+
+    def layers(self, vm: str) -> Path:
+        """The folder of the overlays that take writes: no snapshot's, as they still change."""
+        return self.vm(vm) / "layers"
+
+    def storage(self, vm: str, id: Id) -> Path:
+        return self.snapshot(vm, id) / STORAGE
+
+    def paired(self, vm: str, id: Id) -> Path:
+        return self.snapshot(vm, id) / PAIRED
+
+    def spool(self, vm: str, id: Id) -> Path:
+        """The folder of a store half that is not shipped yet."""
+        return self.snapshot(vm, id) / "spool"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRoot(_Root):
+    """The paths of the store halves."""
+
+    def manifest(self, vm: str, id: Id) -> Path:
+        return self.snapshot(vm, id) / MANIFEST
+
+
+def _folders(path: Path) -> Iterator[str]:
+    """The real folders in *path*, no symbolic links; none if it is not there."""
+    try:
+        entries = list(path.iterdir())
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            yield entry.name

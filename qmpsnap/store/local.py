@@ -1,0 +1,131 @@
+"""The local half: the only place that seals it, and that tells what there is of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.errors import DamagedData, HalfMissing, LocalFailed, ManifestError, SnapError
+from qmpsnap.store.files import digest_bytes, make_folders, publish, read_small, told
+from qmpsnap.store.layout import MANIFEST, Id, LocalRoot
+from qmpsnap.store.manifest import Manifest, Paired, Storage, decode, encode
+
+
+class LocalFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host has of one snapshot; *storage* None: not sealed; *problem*: what is damaged.
+
+    *spool* tells that a spool folder is there, *spooled* is its manifest once it is sealed.
+    """
+
+    vm: str
+    id: str
+    storage: Storage | None = None
+    storage_blake3: str | None = None
+    paired: Paired | None = None
+    spool: bool = False
+    spooled: Manifest | None = None
+    spooled_blake3: str | None = None
+    problem: str | None = None
+
+
+def seal(root: LocalRoot, vm: str, storage: Storage) -> str:
+    """Write `storage.json`, the last file of a local half; its BLAKE3 is returned.
+
+    To seal once more with the same words does nothing. Raises LocalFailed, also when the half is
+    sealed with other words, and ManifestError when *storage* is not the snapshot of *vm*.
+    """
+    if storage.vm != vm:
+        raise ManifestError(f"a snapshot of {storage.vm} is no local half of {vm}")
+    path, content = root.storage(vm, storage.id), encode(storage)
+    make_folders(path.parent, _existing(root), side=LocalFailed)
+    publish(path, content, side=LocalFailed)
+    return digest_bytes(content)
+
+
+def read_storage(root: LocalRoot, vm: str, id: Id) -> Storage:
+    """What the local half says. Raises HalfMissing, ManifestError, LocalFailed."""
+    return _storage(root, vm, id)[0]
+
+
+def storage_digest(root: LocalRoot, vm: str, id: Id) -> str:
+    """The BLAKE3 of `storage.json`, which the store half names. Raises as `read_storage`."""
+    return _storage(root, vm, id)[1]
+
+
+def mark_paired(root: LocalRoot, vm: str, paired: Paired) -> None:
+    """Note that the store half is sealed. Only the first note of one store half is kept.
+
+    Raises LocalFailed, ManifestError for a note that cannot be read, and DamagedData when another
+    store half was noted already.
+    """
+    noted = read_paired(root, vm, paired.id)
+    if noted is None:
+        publish(root.paired(vm, paired.id), encode(paired), side=LocalFailed)
+    elif noted.manifest_blake3 != paired.manifest_blake3:
+        raise DamagedData(f"{root.paired(vm, paired.id)}: names another store half")
+
+
+def read_paired(root: LocalRoot, vm: str, id: Id) -> Paired | None:
+    """The note on the store half, if there is one. Raises ManifestError, LocalFailed."""
+    path = root.paired(vm, id)
+    content = _read(path)
+    if content is None:
+        return None
+    paired = decode(content, Paired, path)
+    if paired.id != str(id):
+        raise ManifestError(f"{path}: is the note of {paired.id}")
+    return paired
+
+
+def survey(root: LocalRoot, vm: str | None = None) -> list[LocalFacts]:
+    """The local halves of *vm*, or of all VMs, oldest first; a damaged one says what is wrong.
+
+    Raises LocalFailed only when the folders themselves cannot be read.
+    """
+    with told(root.path, LocalFailed):
+        names = root.vms() if vm is None else [vm]
+        found = [(name, id) for name in names for id in root.ids(name)]
+    return [_facts(root, name, str(id)) for name, id in found]
+
+
+def _facts(root: LocalRoot, vm: str, id: str) -> LocalFacts:
+    facts = LocalFacts(vm=vm, id=id, spool=root.spool(vm, id).is_dir())
+    try:
+        if _read(root.storage(vm, id)) is not None:
+            storage, digest = _storage(root, vm, id)
+            facts = msgspec.structs.replace(facts, storage=storage, storage_blake3=digest)
+        facts = msgspec.structs.replace(facts, paired=read_paired(root, vm, id))
+        path = root.spool(vm, id) / MANIFEST
+        content = _read(path)
+        if content is not None:
+            spooled = decode(content, Manifest, path)
+            facts = msgspec.structs.replace(
+                facts, spooled=spooled, spooled_blake3=digest_bytes(content)
+            )
+    except SnapError as wrong:
+        return msgspec.structs.replace(facts, problem=str(wrong))
+    return facts
+
+
+def _storage(root: LocalRoot, vm: str, id: Id) -> tuple[Storage, str]:
+    path = root.storage(vm, id)
+    content = _read(path)
+    if content is None:
+        raise HalfMissing(f"{path}: there is no sealed local half")
+    storage = decode(content, Storage, path)
+    if (storage.vm, storage.id) != (vm, str(id)):
+        raise ManifestError(f"{path}: is the local half of {storage.vm} {storage.id}")
+    return storage, digest_bytes(content)
+
+
+def _read(path: Path) -> bytes | None:
+    with told(path, LocalFailed):
+        there = path.is_symlink() or path.exists()
+    return read_small(path, side=LocalFailed) if there else None
+
+
+def _existing(root: LocalRoot) -> Path:
+    with told(root.path, LocalFailed):
+        root.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return root.path

@@ -1,0 +1,252 @@
+"""What our files say: the only place that knows the words of the manifests of both halves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from qmpsnap.errors import ManifestError
+from qmpsnap.ids import is_snapshot_id, is_vm_name
+
+Size = Annotated[int, Meta(ge=0)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Level = Literal["overlay", "full", "inc", "diff"]
+Version = Annotated[int, Meta(ge=1, le=1)]
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """A file of the store half; *name* is relative to the manifest's folder, with `/` in it."""
+
+    name: str
+    bytes: Size
+    blake3: Digest
+
+    def __post_init__(self) -> None:
+        parts = self.name.split("/")
+        if any(part in ("", ".", "..") for part in parts) or not self.name.isprintable():
+            raise ValueError(f"not a relative file name: {self.name!r}")
+        if parts == ["manifest.json"] or self.name.endswith(".partial"):
+            raise ValueError(f"not a name for a listed file: {self.name!r}")
+
+
+class Image(Struct, frozen=True, kw_only=True):
+    """An image file as it was when it was frozen; *header_blake3* is of its first 64 KiB."""
+
+    path: str
+    format: str
+    virtual_size_bytes: Size
+    file_bytes: Size
+    device: int
+    inode: int
+    mtime_ns: int
+    header_blake3: Digest
+
+
+class Disk(Struct, frozen=True, kw_only=True):
+    """A disk of the local half.
+
+    *chain* is what the point in time consists of, frozen, top first; *overlay* is the file that
+    has taken the guest's writes since; *parent* is the snapshot that an increment builds on.
+    """
+
+    label: str
+    device: str
+    qdev: str | None
+    origin: str
+    node: str
+    role: Literal["disk", "pflash"]
+    level: Level
+    virtual_size_bytes: Size
+    chain: list[Image]
+    overlay: str | None
+    parent: str | None
+
+
+class LeftOut(Struct, frozen=True, kw_only=True):
+    """A device whose data is in no half, and why.
+
+    *virtual_size_bytes* is that of a disk that the guest writes: a restore gives it an empty one.
+    """
+
+    device: str
+    reason: str
+    origin: str = ""
+    virtual_size_bytes: Size | None = None
+
+
+class Storage(Struct, frozen=True, kw_only=True):
+    """`storage.json`: seals the local half. *taken_at* is ISO 8601, UTC, with milliseconds."""
+
+    format: Literal["qmpsnap-storage"] = "qmpsnap-storage"
+    version: Version = 1
+    id: str
+    vm: str
+    host: str
+    taken_at: str
+    revision: Size
+    level: Level
+    disks: list[Disk]
+    left_out: list[LeftOut]
+
+    def __post_init__(self) -> None:
+        _check_names(self.vm, self.id)
+        _check_moment(self.taken_at)
+
+
+class Identity(Struct, frozen=True, kw_only=True):
+    """`identity.json`: binds the name of a VM to QEMU's UUID, or without one to its disks."""
+
+    format: Literal["qmpsnap-identity"] = "qmpsnap-identity"
+    version: Version = 1
+    vm: str
+    uuid: str | None
+    disks: list[str]
+
+    def __post_init__(self) -> None:
+        _check_names(self.vm)
+
+
+class Binding(Struct, frozen=True, kw_only=True):
+    """The VM's identity as the store half repeats it."""
+
+    uuid: str | None
+    disks: list[str]
+
+
+class Ram(Struct, frozen=True, kw_only=True):
+    """How the vmstate was taken, what had been asked for, and why it came to be this *mode*."""
+
+    mode: Literal["background", "live", "paused", "none"]
+    asked: str
+    reason: str
+    raw_bytes: Size
+    file: str | None
+    raw_blake3: Digest | None
+    compression: Literal["zstd", "none"]
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """`manifest.json`: seals the store half, and names the local half by its digest."""
+
+    format: Literal["qmpsnap-manifest"] = "qmpsnap-manifest"
+    version: Version = 1
+    id: str
+    vm: str
+    host: str
+    identity: Binding
+    taken_at: str
+    qemu_version: str
+    ram: Ram
+    quiesce: Literal["agent", "none"]
+    frozen: bool
+    pause_ms: float
+    frozen_ms: float | None
+    was: Literal["running", "paused"]
+    files: list[FileEntry]
+    storage_blake3: Digest
+    note: str
+    trial_store: bool
+
+    def __post_init__(self) -> None:
+        _check_names(self.vm, self.id)
+        _check_moment(self.taken_at)
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        if self.ram.file is not None and self.ram.file not in names:
+            raise ValueError(f"the vmstate is not among the files: {self.ram.file!r}")
+
+    def entry(self, name: str) -> FileEntry | None:
+        """What is listed under *name*."""
+        return next((file for file in self.files if file.name == name), None)
+
+
+class Paired(Struct, frozen=True, kw_only=True):
+    """`paired.json`: the local half's note that the store half is sealed on *store*."""
+
+    format: Literal["qmpsnap-paired"] = "qmpsnap-paired"
+    version: Version = 1
+    id: str
+    manifest_blake3: Digest
+    store: str
+    shipped_at: str
+
+    def __post_init__(self) -> None:
+        _check_names(None, self.id)
+        _check_moment(self.shipped_at)
+
+
+class _Head(Struct, frozen=True):
+    format: str
+    version: int
+
+
+KINDS: Mapping[str, tuple[type[Struct], int]] = {
+    "qmpsnap-storage": (Storage, 1),
+    "qmpsnap-identity": (Identity, 1),
+    "qmpsnap-manifest": (Manifest, 1),
+    "qmpsnap-paired": (Paired, 1),
+}
+T = TypeVar("T", bound=Struct)
+
+
+def encode(value: Storage | Identity | Manifest | Paired) -> bytes:
+    """*value* as a file's content: indented, keys in order, a newline at the end.
+
+    Raises ManifestError for a value that `decode` would refuse: it would be found out too late.
+    """
+    content = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    decode(content, type(value), Path(value.format))
+    return content
+
+
+def decode(content: bytes, kind: type[T], path: Path) -> T:
+    """The value that the file *path* holds. Raises ManifestError, naming *path* and `$.key`."""
+    try:
+        head = msgspec.json.decode(content, type=_Head)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failed:
+        raise ManifestError(f"{path}: {_in_words(failed, content)}") from failed
+    wanted, newest = next((word, new) for word, (one, new) in KINDS.items() if one is kind)
+    if head.format != wanted:
+        raise ManifestError(f"{path}: is of the format {head.format!r}, not {wanted!r}")
+    if head.version > newest:
+        raise ManifestError(
+            f"{path}: is {wanted} version {head.version}; this qmpsnap knows up to {newest}",
+            hint="use the qmpsnap that wrote it, or a newer one",
+        )
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failed:
+        raise ManifestError(f"{path}: {_in_words(failed, content)}") from failed
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of each format, by the format's word."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {word: dialect | msgspec.json.schema(kind) for word, (kind, _) in KINDS.items()}
+
+
+def _in_words(failed: Exception, content: bytes) -> str:
+    if not content.strip():
+        return "is empty"
+    if "truncated" in str(failed):
+        return f"is cut short after {len(content)} bytes"
+    return str(failed)
+
+
+def _check_names(vm: str | None, id: str | None = None) -> None:
+    if vm is not None and not is_vm_name(vm):
+        raise ValueError(f"not a name for a VM: {vm!r}")
+    if id is not None and not is_snapshot_id(id):
+        raise ValueError(f"not a snapshot id: {id!r}")
+
+
+def _check_moment(text: str) -> None:
+    # Python 3.11 reads the Z that we write
+    if not text.endswith("Z") or datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"not a moment in UTC: {text!r}")

@@ -1,0 +1,155 @@
+"""What the engine and the store's worker say to each other: the only place for its words."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from qmpsnap.errors import (
+    DamagedData,
+    DigestMismatch,
+    HalfMissing,
+    LocalFailed,
+    ManifestError,
+    SnapError,
+    StoreError,
+    StoreRefused,
+    UsageError,
+)
+
+
+class Request(Struct, frozen=True, kw_only=True, tag_field="verb", tag=str.lower):
+    """One request; *root* is the store root, and all of the store that is touched is below it."""
+
+    root: str
+
+
+class Examine(Request, frozen=True, kw_only=True):
+    pass
+
+
+class Catalogue(Request, frozen=True, kw_only=True):
+    vm: str | None
+
+
+class Half(Request, frozen=True, kw_only=True):
+    """A request on one store half."""
+
+    vm: str
+    id: str
+
+
+class Ship(Half, frozen=True, kw_only=True):
+    """*device*: the store root must still be on this one (it was judged to be a store)."""
+
+    spool: str
+    device: int | None
+
+
+class Sealed(Half, frozen=True, kw_only=True):
+    """A request on a sealed half; *seal* is the BLAKE3 its manifest must have, when known."""
+
+    seal: str | None
+
+
+class Verify(Sealed, frozen=True, kw_only=True):
+    pass
+
+
+class Read(Sealed, frozen=True, kw_only=True):
+    name: str
+
+
+class Load(Sealed, frozen=True, kw_only=True):
+    name: str
+    fd: int
+
+
+class Fetch(Sealed, frozen=True, kw_only=True):
+    name: str
+    to: str
+    unpack: bool
+
+
+class Remove(Half, frozen=True, kw_only=True):
+    pass
+
+
+AnyRequest = Examine | Catalogue | Ship | Verify | Read | Load | Fetch | Remove
+
+
+class Done(Struct, frozen=True, kw_only=True):
+    """Bytes done, bytes in all, and what is being done."""
+
+    done: int
+    total: int
+    what: str
+
+
+class Trouble(Struct, frozen=True, kw_only=True):
+    """A SnapError on its way: its code, message and hint."""
+
+    code: str
+    message: str
+    hint: str
+
+
+class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of the worker: progress any number of times, then a result or an error.
+
+    A *result* without a byte in it is none; the result `null` has four.
+    """
+
+    progress: Done | None = None
+    result: msgspec.Raw = msgspec.Raw()
+    error: Trouble | None = None
+
+
+class Shipped(Struct, frozen=True, kw_only=True):
+    """A store half that is sealed; *bytes* is what its files and its manifest take."""
+
+    manifest_blake3: str
+    bytes: int
+
+
+class Found(Struct, frozen=True, kw_only=True):
+    """A snapshot's folder on the store, its manifest unread; *problem*: it could not be had."""
+
+    vm: str
+    id: str
+    manifest: str | None
+    manifest_blake3: str | None
+    problem: str | None
+
+
+class Listing(Struct, frozen=True, kw_only=True):
+    """What is on a store; *foreign* are the names (VM/name) that are not ours."""
+
+    found: list[Found]
+    foreign: list[str]
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """What is wrong with one *file* of a store half."""
+
+    file: str
+    what: str
+
+
+_KINDS = {
+    kind("").code: kind
+    for kind in (
+        DamagedData, DigestMismatch, HalfMissing, LocalFailed, ManifestError, StoreError,
+        StoreRefused, UsageError,
+    )
+}  # fmt: skip
+
+
+def trouble(failed: SnapError) -> Trouble:
+    """*failed*, to be sent."""
+    return Trouble(code=failed.code, message=str(failed), hint=failed.hint)
+
+
+def error(sent: Trouble) -> SnapError:
+    """The error that was sent; one of an unknown kind is a StoreError."""
+    return _KINDS.get(sent.code, StoreError)(sent.message, hint=sent.hint)

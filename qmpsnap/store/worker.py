@@ -1,0 +1,103 @@
+"""The process that touches the store, so that a mount that hangs can be left behind with it.
+
+It reads one request from stdin and answers in lines on stdout (see `wire`); when its stdin ends,
+so does it, as then nobody waits for the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused
+from qmpsnap.host.filesystem import Filesystem, examine
+from qmpsnap.store import half, wire
+from qmpsnap.store.files import told
+from qmpsnap.store.layout import StoreRoot
+
+_PROBE = ".qmpsnap-probe"
+
+
+def main() -> int:
+    """Answer the one request on stdin; 0 also for an error that was told."""
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=wire.AnyRequest)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        with told(Path(request.root), StoreError):
+            answer = answer_to(request)
+        line = wire.Line(result=msgspec.Raw(msgspec.json.encode(answer)))
+    except SnapError as failed:
+        line = wire.Line(error=wire.trouble(failed))
+    _say(line)
+    return 0
+
+
+def answer_to(request: wire.AnyRequest) -> Any:
+    """Do what *request* says; the answer is the Struct or the plain value of its verb."""
+    root = StoreRoot(Path(request.root))
+    match request:
+        case wire.Examine():
+            return examine_root(root)
+        case wire.Catalogue(vm=vm):
+            return half.catalogue(root, vm, _progress)
+        case wire.Ship():
+            _same_device(root, request.device)
+            return half.ship(root, request, _progress)
+        case wire.Verify():
+            return half.verify(root, request, _progress)
+        case wire.Read():
+            return half.read(root, request)
+        case wire.Load():
+            return half.load(root, request, _progress)
+        case wire.Fetch():
+            return half.fetch(root, request, _progress)
+        case wire.Remove():
+            return half.remove(root, request)
+
+
+def examine_root(root: StoreRoot) -> Filesystem:
+    """The facts of the store root, which must be a folder that takes a file.
+
+    Raises StoreRefused when it is no folder, StoreError when it takes none.
+    """
+    if not root.path.is_dir():
+        raise StoreRefused(f"the store {root.path} is not there, or no folder: is it mounted?")
+    try:
+        facts = examine(root.path)
+    except LocalFailed as failed:
+        raise StoreError(str(failed)) from failed
+    probe = root.path / f"{_PROBE}.{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    finally:
+        probe.unlink(missing_ok=True)
+    return facts
+
+
+def _same_device(root: StoreRoot, device: int | None) -> None:
+    if device is not None and root.path.stat().st_dev != device:
+        raise StoreRefused(f"the store {root.path} is no longer the one that was mounted there")
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    _say(wire.Line(progress=wire.Done(done=done, total=total, what=what)))
+
+
+def _say(line: wire.Line) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
