@@ -92,11 +92,18 @@ class Shot:
             self.watchdog.owing("thaw", within=_FREEZE_WITHIN + session.deadline),
             quiesce.thawed_after(freezer),
         ):
-            if mode is RamMode.LIVE:
-                await self._run(mode, session, last=last, before=freezer.freeze)
-            else:
+            if mode is not RamMode.LIVE:
                 await freezer.freeze()
                 await self._run(mode, session, last=last, after=freezer.thaw)
+            else:
+                try:
+                    await self._run(mode, session, last=last, before=freezer.freeze)
+                except live.HeldTooEarly:
+                    # all of its RAM is saved frozen then: longer, but frozen it is
+                    self.raw.unlink(missing_ok=True)
+                    session.pause = Pause()
+                    await freezer.freeze()
+                    await self._run(mode, session, last=last)
         if not freezer.state.held:
             raise AgentError(
                 f"frozen were {freezer.state.count} file systems, thawed {freezer.state.thawed}: "

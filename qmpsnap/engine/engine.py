@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmpsnap.engine import create, listing, recover, ship
+from qmpsnap.engine import (
+    create,
+    delete,
+    half,
+    info,
+    listing,
+    recover,
+    restore,
+    ship,
+    thaw,
+    verify,
+)
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
@@ -67,6 +79,46 @@ class Engine:
     ) -> tuple[Sequence[ship.Delivered], Sequence[NotShipped]]:
         """Deliver what waits in the spools; what could not be delivered, and why, comes second."""
         return await ship.ship_all(self.roots, vm, self._report)
+
+    async def show(self, vm: str, word: str = listing.LATEST) -> half.Pair:
+        """Both halves' manifests of one snapshot. Raises SnapshotUnknown, HalfMissing."""
+        return await half.open_pair(self.roots, await listing.find(self.roots, vm, word))
+
+    async def info(self, machine: Machine) -> info.Info:
+        """What can be done with a running VM, and why not."""
+        return await info.info(self.roots, machine)
+
+    async def verify(self, vm: str, word: str = listing.LATEST) -> verify.Verified:
+        """Read and check everything of one snapshot; what is wrong comes back as findings."""
+        return await verify.verify(self.roots, vm, word, self._report)
+
+    async def prepare_restore(
+        self, vm: str, wish: restore.Restoration, word: str = listing.LATEST
+    ) -> restore.Ready:
+        """Check one snapshot and build the images for a restore; nothing is started.
+
+        Raises DamagedData, Blocked, UsageError; nothing is left behind then.
+        """
+        return await restore.prepared(self.roots, vm, word, wish, self._report)
+
+    @asynccontextmanager
+    async def restored(
+        self, ready: restore.Ready, *, detach: bool = False
+    ) -> AsyncIterator[restore.Restored]:
+        """The restored machine, running; it ends with the block unless *detach*."""
+        async with restore.restored(ready, self._report, detach=detach) as back:
+            yield back
+
+    async def delete(self, machine: Machine, word: str) -> delete.Deleted:
+        """Remove both halves of one snapshot and fold overlays that nobody needs.
+
+        Raises Refused when restored machines stand on it; StoreError with nothing removed.
+        """
+        return await delete.delete(self.roots, machine, word)
+
+    async def thaw(self, machine: Machine) -> int | None:
+        """Thaw the guest's file systems whoever froze them; how many were. Raises AgentError."""
+        return await thaw.thaw(machine)
 
     async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
         """Settle what a crashed engine still owed this VM. Raises MonitorAbsent, Failed."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import layers
+from qmpsnap.engine import delete, layers
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
@@ -60,7 +60,10 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
     for record in journal.pending(roots.local.journal(machine.name)):
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         did: list[str] = []
-        if record.lines:
+        if record.lines and record.lines[0].get("verb") == "delete":
+            await delete.removed(roots, machine.name, record.id)
+            did = [f"folded {path}" for path in await delete.fold_unkept(roots, machine, monitor)]
+        elif record.lines:
             owed = msgspec.convert(record.lines[0], Owed)
             phase = Phase(record.lines[-1]["phase"])
             if phase is not Phase.SEALED:

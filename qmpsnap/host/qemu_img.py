@@ -66,6 +66,14 @@ async def create_overlay(
     await _make(path, arguments, binary=binary)
 
 
+async def create(path: Path, size: int, *, binary: str = "qemu-img") -> None:
+    """Create the empty qcow2 image *path* (mode 0600, durable) of *size* bytes.
+
+    Raises LocalFailed, also when *path* exists; nothing new is left behind then.
+    """
+    await _make(path, ["create", "-q", "-f", "qcow2", _spelled(path), str(size)], binary=binary)
+
+
 async def info(
     path: Path,
     format: str | None = None,
@@ -204,7 +212,7 @@ async def _run(
     try:
         process = await asyncio.create_subprocess_exec(
             binary, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE,
-            env=environment, umask=0o077,
+            env=environment,
         )  # fmt: skip
     except OSError as failed:
         hint = "qemu-img comes with QEMU (Debian: qemu-utils)"

@@ -42,6 +42,10 @@ class Launched:
         """Returns when the process has ended."""
         await _readable(self._pidfd)
 
+    async def kill(self) -> None:
+        """End the process at once, and see that it has ended."""
+        await _killed(self._pidfd)
+
 
 @contextlib.asynccontextmanager
 async def launched(

@@ -15,11 +15,18 @@ from qmpsnap.hypervisor.vmstate.session import Fix, Session, bounded, give_back,
 from qmpsnap.hypervisor.vmstate.target import Target
 from qmpsnap.shield import finish
 
+_EARLY = 256 << 20  # bytes a second before the freeze, so that its moment is not missed
+_CRAWL = 64 << 10  # bytes a second while the guest is being frozen
+
 
 class DoesNotConverge(MigrationFailed):
     """The guest dirties its RAM faster than it can be saved; it was let alone again."""
 
     hint = "`--ram background` does not depend on it; a longer --max-pause may help"
+
+
+class HeldTooEarly(MigrationFailed):
+    """The switchover came before the freeze; the guest was let go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +49,12 @@ async def live(
     Raises DoesNotConverge, PauseTooLong, MigrationFailed; the guest runs on then.
     """
     monitor = session.monitor
-    first = 0 if before_switch else round(aim.pause * 1000)
+    start: dict[str, object] = {"downtime-limit": round(aim.pause * 1000)}
+    if before_switch is not None:
+        start = {"downtime-limit": 0, "max-bandwidth": _EARLY}
     async with (
         timed(session),
-        migration.tuned(monitor, {"pause-before-switchover"}, {"downtime-limit": first}),
+        migration.tuned(monitor, {"pause-before-switchover"}, start),
         session.watchdog.owing("cont", "cancel", within=session.deadline) as owed,
     ):
         try:
@@ -56,7 +65,7 @@ async def live(
                 if before_switch is not None:
                     await passes.until_short()
                     await before_switch()
-                    await passes.allow(aim.pause)
+                    await passes.go_on()
                 await passes.until_held()
                 async with bounded(session):
                     await fix()
@@ -78,16 +87,18 @@ class _Passes:
         self._pause = aim.pause
 
     async def until_short(self) -> None:
-        """Until what is left would fit into about the wanted pause."""
-        while True:
-            now = await self._look()
-            if now.status == "pre-switchover":
-                raise MigrationFailed("the guest was held before it could be frozen")
-            rate = now.ram.mbps * 125_000 or 1 << 30  # bytes a second
-            short = now.ram.remaining < rate * self._aim.pause * 4
-            if (now.ram.dirty_sync_count >= 2 and short) or self._stuck(now):
-                return  # a frozen guest writes less: it may converge yet
-            await migration.woken(self._events, within=0.05)
+        """Until little is left, the first pass not yet over; then QEMU is slowed to a crawl.
+
+        A tiny downtime-limit alone does not hold the switchover back: an idle guest has nothing
+        left at the end of a pass, and is switched over at once.
+        """
+        while (now := await self._look()).status != "pre-switchover":
+            # QEMU spends its rate in windows of 100 ms: two of them must be left
+            short = 0 < now.ram.remaining < _EARLY // 5 and now.ram.transferred > 0
+            if short or now.ram.dirty_sync_count >= 2:
+                return await self._tune({"max-bandwidth": _CRAWL})
+            await migration.woken(self._events, within=0.02)
+        raise HeldTooEarly("the guest was held before it could be frozen")
 
     async def until_held(self) -> None:
         """Until QEMU holds the guest before the last pass. Raises DoesNotConverge."""
@@ -96,11 +107,13 @@ class _Passes:
                 await self._stretch(now)
             await migration.woken(self._events, within=0.1)
 
-    async def allow(self, seconds: float) -> None:
-        """Let the last pass take *seconds*."""
-        await self._session.monitor.execute(
-            "migrate-set-parameters", {"downtime-limit": round(seconds * 1000)}
-        )
+    async def go_on(self) -> None:
+        """Full speed to the end, and a last pass as long as is wanted."""
+        limit = round(self._aim.pause * 1000)
+        await self._tune({"max-bandwidth": migration.UNLIMITED, "downtime-limit": limit})
+
+    async def _tune(self, parameters: dict[str, object]) -> None:
+        await self._session.monitor.execute("migrate-set-parameters", parameters)
 
     async def _look(self) -> migration.Migration:
         now = await migration.query(self._session.monitor)
@@ -121,6 +134,6 @@ class _Passes:
                 f"after {now.ram.dirty_sync_count} passes {now.ram.remaining >> 20} MiB of RAM "
                 f"remain; the guest dirties {dirtied} MiB/s"
             )
-        await self.allow(self._pause)
+        await self._tune({"downtime-limit": round(self._pause * 1000)})
         self._start = time.monotonic()
         self._outlook = Convergence(self._aim.budget / 2, first_pass=0.0)

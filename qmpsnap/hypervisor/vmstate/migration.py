@@ -19,7 +19,7 @@ from qmpsnap.hypervisor.monitor import Events, Monitor, alive
 from qmpsnap.hypervisor.schema import set_capabilities
 from qmpsnap.shield import finish
 
-_UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
+UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
 _OVER = {"completed", "failed", "cancelled", "none"}
 
 
@@ -77,7 +77,7 @@ async def tuned(
     wanted = {name: name in capabilities | {"events"} for name in before}
     changes = {name: state for name, state in wanted.items() if state != before[name]}
     old = await monitor.execute("query-migrate-parameters")
-    ours = {"max-bandwidth": _UNLIMITED, **parameters}
+    ours = {"max-bandwidth": UNLIMITED, **parameters}
     try:
         # off before on: QEMU checks each call's outcome, and some exclude one another
         for state in (False, True):

@@ -1,0 +1,113 @@
+"""Deleting a snapshot: both halves go, and overlays that nobody needs are folded back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.engine import dependents, survey
+from qmpsnap.engine.listing import find
+from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.roots import Roots
+from qmpsnap.errors import LocalFailed, MonitorAbsent, Refused, VmUnknown
+from qmpsnap.host import lock
+from qmpsnap.host.journal import Journal
+from qmpsnap.hypervisor.block import fold
+from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.store import local
+
+log = logging.getLogger(__name__)
+
+
+class Deleted(msgspec.Struct, frozen=True, kw_only=True):
+    """*folded*: overlay files that went back into what lay beneath. *why*: why none did."""
+
+    id: str
+    vm: str
+    folded: list[str]
+    why: str
+
+
+async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
+    """Remove both halves of one snapshot, the store half first.
+
+    A running VM's overlays go back into the files beneath that no other snapshot keeps. Without
+    a VM they stay where they are: its disks are read through them.
+
+    Raises Refused when restored machines stand on the snapshot, StoreError with nothing removed.
+    """
+    vm = machine.name
+    async with lock.held(roots.local.lock(vm), "delete"):
+        entry = await find(roots, vm, word)
+        if standing := await asyncio.to_thread(dependents.standing, roots.local, vm, entry.id):
+            folders = ", ".join(one.folder for one in standing)
+            raise Refused(
+                f"{vm} {entry.id}: restored machines stand on it: {folders}",
+                hint="remove them first, or restore with --standalone",
+            )
+        journal = Journal(roots.local.journal(vm))
+        debt = await asyncio.to_thread(
+            journal.open_entry, entry.id, {"verb": "delete", "phase": "deleting"}
+        )
+        await removed(roots, vm, entry.id)
+        folded: list[str] = []
+        why = ""
+        try:
+            async with connect(machine.socket) as monitor:
+                folded = await fold_unkept(roots, machine, monitor)
+        except (MonitorAbsent, VmUnknown) as absent:
+            why = f"the VM is not running ({absent}): its overlays stay"
+        await asyncio.to_thread(debt.close)
+        return Deleted(id=entry.id, vm=vm, folded=folded, why=why)
+
+
+async def removed(roots: Roots, vm: str, id: str) -> None:
+    """Both halves are gone afterwards; done twice, it does nothing."""
+    await roots.store.remove(vm, id)
+    await asyncio.to_thread(_removed_local, roots, vm, id)
+
+
+def _removed_local(roots: Roots, vm: str, id: str) -> None:
+    try:
+        roots.local.storage(vm, id).unlink(missing_ok=True)
+        if (folder := roots.local.snapshot(vm, id)).exists():
+            shutil.rmtree(folder)
+    except OSError as failed:
+        raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed
+
+
+async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[str]:
+    """Fold each disk's overlays of ours as far down as no snapshot keeps the file beneath.
+
+    Gives the files that went. Raises JobFailed with the disk concerned as it was.
+    """
+    layers = roots.local.layers(machine.name)
+    facts = await survey.take(monitor, machine, layers)
+    kept = await asyncio.to_thread(_kept, roots, machine.name)
+    gone: list[str] = []
+    for site in facts.sites:
+        depth = 0
+        while depth < site.layers and site.paths[depth + 1] not in kept:
+            depth += 1
+        if depth == 0:
+            continue
+        chain = site.disk.chain
+        await fold.fold(monitor, chain[0].name, chain[depth].name)
+        for path in site.paths[:depth]:
+            await asyncio.to_thread(Path(path).unlink, missing_ok=True)
+            gone.append(path)
+    return gone
+
+
+def _kept(roots: Roots, vm: str) -> set[str]:
+    return {
+        image.path
+        for facts in local.survey(roots.local, vm)
+        if facts.storage is not None
+        for disk in facts.storage.disks
+        for image in disk.chain
+    }
