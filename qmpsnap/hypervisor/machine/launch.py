@@ -57,12 +57,12 @@ async def launched(
     terminal: bool = False,
     within: float = 30.0,
 ) -> AsyncIterator[Launched]:
-    """A QEMU of *argv*, working in *directory*, that has greeted on our QMP socket.
+    """A QEMU of *argv*, working in *directory*, that is complete and answers on our QMP socket.
 
     *argv* has the chardev of `relocate.control`. "with-us" ends with the block (SIGTERM, after
     5 s SIGKILL) and with our process, however that ends; "detached" outlives both. Its stderr
     goes to the file *log*; with *terminal* it has our stdin, stdout and process group instead of
-    none. *within* is how long it may take to greet, in seconds. Where the event loop runs in a
+    none. *within* is how long its start may take, in seconds. Where the event loop runs in a
     thread of its own, the end of that thread ends a QEMU "with-us" too (PR_SET_PDEATHSIG).
 
     Raises LaunchFailed with the last of stderr when it does not get so far; it is then ended.
@@ -79,7 +79,7 @@ async def launched(
         listener.close()  # QEMU has its own copy: when it ends, connecting fails at once
         pidfd = stack.enter_context(_pidfd(pid, log, start))
         try:
-            await _greeted(path, pidfd, log, start, within)
+            await _answered(path, pidfd, log, start, within)
         except BaseException:
             if lifetime == "detached":
                 await finish(_killed(pidfd), within=10)
@@ -195,34 +195,41 @@ def _pidfd(pid: int, log: Path, start: int) -> Iterator[int]:
         os.close(number)
 
 
-async def _greeted(path: Path, pidfd: int, log: Path, start: int, within: float) -> None:
-    """Returns once QEMU has greeted, which it does when the machine is complete."""
-    greeting = asyncio.create_task(_greeting(path))
+async def _answered(path: Path, pidfd: int, log: Path, start: int, within: float) -> None:
+    """Returns once the machine is complete."""
+    answer = asyncio.create_task(_answer(path))
     ending = asyncio.create_task(_readable(pidfd))
     try:
         async with asyncio.timeout(within):
-            await asyncio.wait({greeting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if greeting.done() and greeting.result():
+            await asyncio.wait({answer, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done() and answer.result():
                 return
             await ending  # the connection broke: then QEMU is about to end
     except TimeoutError:
         raise LaunchFailed(
-            _last_words(log, start, f"QEMU did not greet within {within:g} s")
+            _last_words(log, start, f"QEMU did not answer within {within:g} s")
         ) from None
     finally:
-        for task in (greeting, ending):
+        for task in (answer, ending):
             task.cancel()
-        await asyncio.gather(greeting, ending, return_exceptions=True)
-    raise LaunchFailed(_last_words(log, start, "QEMU ended before it greeted"))
+        await asyncio.gather(answer, ending, return_exceptions=True)
+    raise LaunchFailed(_last_words(log, start, "QEMU ended before it answered"))
 
 
-async def _greeting(path: Path) -> bool:
+async def _answer(path: Path) -> bool:
+    """Whether QEMU answers; it does so from its main loop, when the machine is complete.
+
+    The greeting alone says less: it comes from the monitor's own thread, while devices that may
+    yet fail are being made (seen on 10.0).
+    """
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except OSError:
         return False
     try:
-        return b'"QMP"' in await reader.readline()
+        greeted = b'"QMP"' in await reader.readline()
+        writer.write(b'{"execute": "qmp_capabilities"}\n')
+        return greeted and b'"return"' in await reader.readline()
     except OSError:
         return False
     finally:

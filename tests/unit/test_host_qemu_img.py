@@ -1,0 +1,126 @@
+import asyncio
+import os
+import shutil
+import stat
+
+import pytest
+
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import qemu_img
+from tests.rig.halves import names
+
+SIZE = 8 << 20
+pytestmark = pytest.mark.skipif(
+    not shutil.which("qemu-img") and not os.environ.get("CI"), reason="needs qemu-img"
+)
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base, with: blank.raw"
+    path.write_bytes(os.urandom(1 << 20) + bytes(SIZE - (1 << 20)))
+    return path
+
+
+async def test_overlay_and_chain(base, tmp_path):
+    top = tmp_path / "top.qcow2"
+    await qemu_img.create_overlay(top, base, "raw", SIZE)
+    assert stat.S_IMODE(top.stat().st_mode) == 0o600
+    images = await qemu_img.chain(top, "qcow2")
+    assert [image.filename for image in images] == [str(top), str(base)]
+    assert [image.format for image in images] == ["qcow2", "raw"]
+    assert images[0].backing_as_written == str(base)
+    assert images[0].backing_format == "raw"
+    assert images[0].virtual_size_bytes == SIZE
+    assert not images[0].corrupt
+    assert images[0].bitmaps == []
+
+
+async def test_an_overlay_over_nothing_or_over_something(base, tmp_path):
+    with pytest.raises(LocalFailed, match="does not exist"):
+        await qemu_img.create_overlay(tmp_path / "top", tmp_path / "none", "raw", SIZE)
+    with pytest.raises(LocalFailed, match="exists"):
+        await qemu_img.create_overlay(base, base, "raw", SIZE)
+    assert names(tmp_path) == [base.name]
+    assert base.stat().st_size == SIZE
+
+
+async def test_a_format_is_said_or_asked_for(base, tmp_path):
+    top = tmp_path / "top.qcow2"
+    await qemu_img.create_overlay(top, base, "raw", SIZE)
+    assert (await qemu_img.info(top, "raw")).format == "raw"
+    assert (await qemu_img.info(top, probe_format=True)).format == "qcow2"
+    with pytest.raises(ValueError, match="format"):
+        await qemu_img.info(top)
+
+
+async def test_a_chain_that_would_have_to_be_guessed(base, tmp_path):
+    top = tmp_path / "top.qcow2"
+    await qemu_img.create_overlay(top, base, "raw", SIZE)
+    # the header extension 0xE2792ACA holds the backing format: another number hides it
+    content = top.read_bytes()
+    assert content.count(b"\xe2\x79\x2a\xca") == 1
+    top.write_bytes(content.replace(b"\xe2\x79\x2a\xca", b"\xe2\x79\x2a\xcb"))
+    with pytest.raises(LocalFailed, match="does not say the format"):
+        await qemu_img.chain(top, "qcow2")
+
+
+async def test_convert_and_check(base, tmp_path):
+    heard: list[float] = []
+    copy = tmp_path / "copy.qcow2"
+    await qemu_img.convert(base, "raw", copy, "qcow2", heard.append)
+    assert heard[-1] == 1.0
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert await qemu_img.check(copy, "qcow2") == qemu_img.Health()
+    assert (await qemu_img.check(base, "raw")).corruptions is None
+    await qemu_img.convert(copy, "qcow2", tmp_path / "back.raw", "raw")
+    assert (tmp_path / "back.raw").read_bytes() == base.read_bytes()
+    with pytest.raises(LocalFailed, match="exists"):
+        await qemu_img.convert(base, "raw", copy, "qcow2")
+
+
+async def test_a_corrupt_image(base, tmp_path):
+    copy = tmp_path / "copy.qcow2"
+    await qemu_img.convert(base, "raw", copy, "qcow2")
+    with copy.open("r+b") as file:
+        file.seek(0x20000)  # the refcount block of a fresh image
+        file.write(bytes(4096))
+    health = await qemu_img.check(copy, "qcow2")
+    assert health.corruptions
+
+
+async def test_what_fails_says_why_and_leaves_nothing(tmp_path):
+    (tmp_path / "junk").write_bytes(b"junk" * 1000)
+    with pytest.raises(LocalFailed, match=r"qemu-img convert: .*not in qcow2 format"):
+        await qemu_img.convert(tmp_path / "junk", "qcow2", tmp_path / "new", "raw")
+    assert names(tmp_path) == ["junk"]
+    with pytest.raises(LocalFailed, match="no-such-binary") as failed:
+        await qemu_img.info(tmp_path / "junk", "raw", binary="no-such-binary")
+    assert "qemu-utils" in failed.value.hint
+
+
+async def test_commit(base, tmp_path):
+    top, written = tmp_path / "top.qcow2", tmp_path / "written.raw"
+    written.write_bytes(b"z" * SIZE)
+    await qemu_img.convert(written, "raw", top, "qcow2")
+    rebase = ["rebase", "-u", "-b", str(base), "-F", "raw", "-f", "qcow2", str(top)]
+    process = await asyncio.create_subprocess_exec("qemu-img", *rebase)
+    assert await process.wait() == 0
+    await qemu_img.commit(top, "qcow2")
+    assert base.read_bytes() == b"z" * SIZE
+
+
+async def test_cancelled_in_the_middle(tmp_path):
+    os.mkfifo(tmp_path / "started")
+    stuck = tmp_path / "stuck"
+    stuck.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/started\nexec cat /dev/zero >/dev/null\n")
+    stuck.chmod(0o700)
+    work = qemu_img.convert(tmp_path, "raw", tmp_path / "new", "raw", binary=str(stuck))
+    task = asyncio.create_task(work)
+    pid = int(await asyncio.to_thread((tmp_path / "started").read_text))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert names(tmp_path) == ["started", "stuck"]

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from qmpsnap.errors import ManifestError
+from qmpsnap.store.manifest import (
+    KINDS,
+    FileEntry,
+    Identity,
+    Manifest,
+    Paired,
+    Storage,
+    decode,
+    encode,
+    schemas,
+)
+from tests.rig.halves import manifest, paired, storage
+
+HERE = Path("/store/web/manifest.json")
+DIGEST = "ab" * 32
+WHOLE = [
+    storage(),
+    paired(DIGEST),
+    manifest([FileEntry(name="vmstate/ram.zst", bytes=7, blake3=DIGEST)], DIGEST),
+    Identity(vm="web", uuid=None, disks=["/images/a.qcow2"]),
+]
+
+
+@pytest.mark.parametrize("value", WHOLE, ids=lambda value: value.format)
+def test_what_is_written_is_read(value):
+    content = encode(value)
+    assert decode(content, type(value), HERE) == value
+    assert content.endswith(b"}\n")
+    assert list(json.loads(content))[:2] == ["format", "version"]
+
+
+@pytest.mark.parametrize("value", WHOLE, ids=lambda value: value.format)
+def test_every_cut_is_refused_by_name(value):
+    content = encode(value)
+    for length in range(len(content) - 2):
+        with pytest.raises(ManifestError, match=r"manifest\.json"):
+            decode(content[:length], type(value), HERE)
+
+
+def spoilt(**change: object) -> bytes:
+    return json.dumps(json.loads(encode(WHOLE[2])) | change).encode()
+
+
+def test_the_control_is_not_spoilt():
+    assert decode(spoilt(), Manifest, HERE) == WHOLE[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version 2; this qmpsnap knows up to 1"),
+        ({"version": 0}, r"\$\.version"),
+        ({"format": "qmpsnap-storage"}, "format 'qmpsnap-storage', not 'qmpsnap-manifest'"),
+        ({"pause_ms": "19"}, r"\$\.pause_ms"),
+        ({"storage_blake3": "AB"}, r"\$\.storage_blake3"),
+        ({"vm": "../web"}, "not a name for a VM"),
+        ({"id": "20261122T165057123"}, "not a snapshot id"),
+        ({"taken_at": "2026-11-22T16:50:57.123"}, "not a moment in UTC"),
+        ({"taken_at": "yesterday, at noonZ"}, "yesterday"),
+        ({"files": []}, "the vmstate is not among the files"),
+        ({"files": [{"name": "a", "bytes": -1, "blake3": DIGEST}]}, r"\$\.files\[0\]\.bytes"),
+        ({"files": [{"name": "a", "bytes": 1, "blake3": DIGEST}] * 2}, "listed twice"),
+    ],
+)
+def test_a_spoilt_key_is_named(change, said):
+    with pytest.raises(ManifestError, match=said):
+        decode(spoilt(**change), Manifest, HERE)
+
+
+@pytest.mark.parametrize("content", [b"", b"  ", b"\xff\xfe", b"[]", b"{}", b"null", b"\0" * 9])
+def test_no_manifest_at_all(content):
+    with pytest.raises(ManifestError, match=r"/store/web/manifest\.json"):
+        decode(content, Manifest, HERE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/passwd", "../a", "a/../../b", "a//b", "./a", "a/", "a\0b", "a\nb", "manifest.json",
+     "a.partial"],
+)  # fmt: skip
+def test_names_that_lead_elsewhere(name):
+    with pytest.raises(ValueError, match="name"):
+        FileEntry(name=name, bytes=1, blake3=DIGEST)
+
+
+@given(some.text())
+def test_an_accepted_name_stays_below_its_folder(name):
+    try:
+        FileEntry(name=name, bytes=0, blake3=DIGEST)
+    except ValueError:
+        return
+    assert Path("/a/b", name).resolve().is_relative_to("/a/b")
+    assert Path("/a/b", name) != Path("/a/b")
+
+
+def test_what_could_not_be_read_is_not_written():
+    endless = msgspec.structs.replace(WHOLE[2], pause_ms=float("nan"))
+    with pytest.raises(ManifestError, match="pause_ms"):
+        encode(endless)
+
+
+def test_the_committed_schemas_are_current():
+    folder = Path(__file__).parents[2] / "docs" / "schemas"
+    assert {path.stem for path in folder.glob("*.json")} == set(KINDS)
+    for word, schema in schemas().items():
+        assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"
+
+
+def test_each_kind_has_its_word():
+    assert {kind for kind, _ in KINDS.values()} == {Storage, Identity, Manifest, Paired}
