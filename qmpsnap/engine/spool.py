@@ -14,6 +14,7 @@ from qmpsnap.engine.roots import host_id, moment
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import cgroup, filesystem, process, qemu_img
+from qmpsnap.host.priority import in_background
 from qmpsnap.host.process import HostUsage, ProcessUsage
 from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.vmstate.session import RamMode
@@ -197,7 +198,7 @@ async def _pack(raw: Path, path: Path, report: Report) -> pack.Packed:
         report("packing RAM", done, total)
 
     await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
-    packed = await asyncio.to_thread(pack.compress, raw, path, on_progress=tell)
+    packed = await in_background(pack.compress, raw, path, on_progress=tell)
     await asyncio.to_thread(raw.unlink)
     return packed
 
