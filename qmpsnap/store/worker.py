@@ -41,7 +41,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
     """Do what *request* says; the answer is the Struct or the plain value of its verb."""
     root = StoreRoot(Path(request.root))
     if isinstance(request, wire.Ship | wire.Verify):
-        os.nice(19)  # nobody waits for these: the guests come first
+        os.nice(10)  # nobody waits for these: the guests come first
     match request:
         case wire.Examine():
             return examine_root(root)
