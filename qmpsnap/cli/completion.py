@@ -1,0 +1,52 @@
+"""What a shell may complete: names of VMs and IDs, from files alone, and never an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def vms(context: typer.Context, incomplete: str) -> list[str]:
+    """VMs of the configuration, of `qmpsnap run`, and of the local root."""
+    from qmpsnap.cli import target
+    from qmpsnap.errors import SnapError
+    from qmpsnap.hypervisor.machine import registry
+    from qmpsnap.store.layout import LocalRoot
+
+    found: set[str] = set()
+    try:
+        config = target.configuration(context.params.get("config"))
+        found.update(config.vms)
+        found.update(registry.names())
+        if local := _local(context):
+            found.update(LocalRoot(local).vms())
+    except (SnapError, OSError):
+        pass  # half an answer is better than a traceback in somebody's prompt
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def snapshots(context: typer.Context, incomplete: str) -> list[str]:
+    """IDs of the VM that was named, newest first, as the local root has them."""
+    from qmpsnap.errors import SnapError
+    from qmpsnap.store.layout import LocalRoot
+
+    vm, local = context.params.get("vm"), _local(context)
+    if not vm or local is None:
+        return []
+    try:
+        ids = [str(one) for one in LocalRoot(local).ids(vm)]
+    except (SnapError, OSError):
+        return []
+    return [id for id in ("latest", *reversed(ids)) if id.startswith(incomplete)]
+
+
+def _local(context: typer.Context) -> Path | None:
+    from qmpsnap.cli import target
+    from qmpsnap.errors import SnapError
+
+    given: Path | None = context.params.get("local")
+    try:
+        return given or target.configuration(context.params.get("config")).local
+    except SnapError:
+        return None

@@ -1,0 +1,65 @@
+"""`qmpsnap info`: what is possible with a running VM, and why not."""
+
+from __future__ import annotations
+
+from qmpsnap.cli import options
+from qmpsnap.cli.target import Call
+from qmpsnap.cli.verb import verb
+
+EPILOG = """\b
+Example:
+  qmpsnap info web --socket /run/web.sock
+
+\b
+Exit codes: 0 done; 2 usage; 3 the VM is not there, or is busy; 4 failed.
+"""
+
+
+@verb()
+async def info(call: Call, vm: options.Vm) -> None:
+    """Tell what is possible with a running VM, and why not; the names of its disks too.
+
+    Nothing is changed. Works without roots; with --local it tells our overlays from others.
+    """
+    from qmpsnap.cli.render import in_bytes
+
+    found = await call.engine(roots=False).info(call.machine(vm))
+    out = call.out
+    if out.json:
+        out.record(found)
+        return
+    agent = found.agent or "none"
+    out.facts([
+        ("VM", f"{found.vm}, {found.state}"),
+        ("QEMU", f"{found.qemu_version}{f' ({found.qemu_package})' if found.qemu_package else ''}"),
+        ("machine", found.machine),
+        ("accelerator", found.accelerator),
+        ("process", found.pid),
+        ("RAM", in_bytes(found.ram_bytes)),
+        ("agent", f"{agent} ({found.agent_trouble})" if found.agent_trouble else agent),
+    ])  # fmt: skip
+    out.line()
+    out.table(
+        ("DISK", "NODE", "FORMAT", "SIZE", "TAKEN", "FILE", "ALSO CALLED"),
+        [
+            [
+                disk.name,
+                disk.node or "-",
+                disk.format or "-",
+                in_bytes(disk.virtual_size_bytes),
+                "yes" if disk.taken else f"no: {disk.why}",
+                disk.files[0] if disk.files else "-",
+                ", ".join(name for name in disk.names if name not in {disk.name, disk.node}) or "-",
+            ]
+            for disk in found.disks
+        ],
+    )
+    out.line()
+    restorable = ["restore", "yes" if found.restorable else "no", found.restorable_why]
+    out.table(
+        ("WHAT", "POSSIBLE", "WHY"),
+        [
+            *([one.what, "yes" if one.possible else "no", one.why] for one in found.possibilities),
+            restorable,
+        ],
+    )

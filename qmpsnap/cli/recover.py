@@ -1,0 +1,39 @@
+"""`qmpsnap recover`: settle what a crash left behind."""
+
+from __future__ import annotations
+
+from qmpsnap.cli import options
+from qmpsnap.cli.target import Call
+from qmpsnap.cli.verb import verb
+
+EPILOG = """\b
+Examples:
+  qmpsnap recover web
+  qmpsnap recover
+
+\b
+Exit codes: 0 nothing is owed any more; 2 usage; 3 the VM is not there, or is
+busy; 4 failed, the journal still has it; 6 the guest may need help; 130, 143.
+"""
+
+
+@verb()
+async def recover(call: Call, vm: options.OptionalVm = None) -> None:
+    """Settle what an interrupted qmpsnap still owes a VM; `create` does so too, at its start.
+
+    A stopped guest is continued, a frozen one thawed, half-made overlays are taken back. Done
+    twice, it does nothing.
+    """
+    from qmpsnap.engine.recover import owes
+
+    engine, out = call.engine(), call.out
+    roots = engine.roots
+    names = [vm] if vm is not None else [one for one in roots.local.vms() if owes(roots, one)]
+    settled = [(name, one) for name in names for one in await engine.recover(call.machine(name))]
+    for name, one in settled:
+        if out.json:
+            out.record({"vm": name, "id": one.id, "did": one.did})
+        else:
+            out.line(f"{name} {one.id}: {'; '.join(one.did)}")
+    if not settled:
+        out.notice("nothing was owed")

@@ -1,0 +1,165 @@
+"""`qmpsnap restore`: bring a VM back from a snapshot."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmpsnap.cli import options
+from qmpsnap.cli.target import Call, snapshot
+from qmpsnap.cli.verb import verb
+
+if TYPE_CHECKING:
+    from qmpsnap.cli.render import Output
+    from qmpsnap.engine.restore import Ready, Restored
+
+EPILOG = """\b
+Examples:
+  qmpsnap restore web --to /srv/back
+  qmpsnap restore web 20261122T1650 --to /srv/back --detach
+  qmpsnap restore web --to /srv/copy --cold --standalone --no-start
+
+\b
+Exit codes: 0 the machine ended by itself, or runs on with --detach; 2 usage;
+3 refused; 4 failed, nothing is left behind; 6 the restored guest may need help;
+7 damaged data found; 130 or 143 the machine was ended by Ctrl-C or SIGTERM.
+"""
+
+
+@verb()
+async def restore(
+    call: Call,
+    vm: options.Vm,
+    id: options.Id = "latest",
+    *,
+    to: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for all that is new: images, sockets, logs. Empty, or not there yet.",
+            show_default=False,
+        ),
+    ],
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="Boot from the disks, without the RAM. Default: go on where the guest was.",
+            show_default=False,
+        ),
+    ] = False,
+    revision: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Revision of the local half. Default: the one of the vmstate.",
+            show_default=False,
+        ),
+    ] = None,
+    standalone: Annotated[
+        bool,
+        typer.Option(
+            "--standalone",
+            help="Copy the disks in full. Default: thin overlays that need the snapshot.",
+            show_default=False,
+        ),
+    ] = False,
+    no_start: Annotated[
+        bool,
+        typer.Option(
+            "--no-start",
+            help="Build the images and print the command line, start nothing.",
+            show_default=False,
+        ),
+    ] = False,
+    qmp_socket: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where the new QEMU's QMP monitor listens. Default: qmp.sock in DIR.",
+            show_default=False,
+        ),
+    ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Return once the guest runs, and leave it running. Default: stay until the "
+            "machine ends; Ctrl-C ends it.",
+            show_default=False,
+        ),
+    ] = False,
+    qemu: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="QEMU binary to use. Default: the one that the VM ran on.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Bring a VM back from a snapshot, beside the original, which may go on running.
+
+    The snapshot is never written to: the new machine writes into DIR. Files and sockets of the
+    captured machine move under DIR and keep their names.
+    """
+    from qmpsnap.engine.restore import Restoration
+
+    call.machine(vm, reach=False)
+    engine, out = call.engine(), call.out
+    wish = Restoration(
+        to=to.absolute(),
+        cold=cold,
+        standalone=standalone,
+        revision=revision,
+        qmp=qmp_socket.absolute() if qmp_socket else None,
+        qemu=qemu.absolute() if qemu else None,
+    )
+    ready = await engine.prepare_restore(vm, wish, snapshot(id))
+    for notice in ready.notices:
+        out.notice(notice)
+    if no_start:
+        _show_command(out, ready)
+        return
+    async with engine.restored(ready, detach=detach) as back:
+        _show(out, back)
+        if not detach:
+            out.notice("the machine runs; Ctrl-C ends it")
+            await back.process.exited()
+            out.notice("the machine has ended")
+
+
+def _show(out: Output, back: Restored) -> None:
+    if out.json:
+        out.record(back.shown())
+    else:
+        shown = back.shown()
+        out.facts([
+            ("restored", f"{shown['id']} of {shown['vm']}{', cold' if shown['cold'] else ''}"),
+            ("process", shown["pid"]),
+            ("folder", shown["to"]),
+            ("QMP", shown["qmp"]),
+            ("agent", shown["agent"]),
+            *(("moved", f"{old} -> {new}") for old, new in shown["moved"].items()),
+        ])  # fmt: skip
+    out.flush()
+
+
+def _show_command(out: Output, ready: Ready) -> None:
+    if out.json:
+        out.record({
+            "id": ready.pair.id,
+            "vm": ready.pair.vm,
+            "cold": ready.wish.cold,
+            "to": str(ready.wish.to),
+            "qmp": str(ready.qmp),
+            "argv": ready.argv,
+            "moved": ready.relocated.moved,
+            "notices": ready.notices,
+        })  # fmt: skip
+    else:
+        out.line(shlex.join(ready.argv))

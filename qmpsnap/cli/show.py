@@ -1,0 +1,79 @@
+"""`qmpsnap show`: what the two halves of a snapshot say."""
+
+from __future__ import annotations
+
+from qmpsnap.cli import options
+from qmpsnap.cli.target import Call, snapshot
+from qmpsnap.cli.verb import verb
+
+EPILOG = """\b
+Examples:
+  qmpsnap show web
+  qmpsnap show web 20261122T1650 --json
+
+\b
+Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
+7 a half is missing or damaged.
+"""
+
+
+@verb()
+async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
+    """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
+    from qmpsnap.cli.render import in_bytes, in_ms
+
+    call.machine(vm, reach=False)
+    pair = await call.engine().show(vm, snapshot(id))
+    out, storage, manifest = call.out, pair.storage, pair.manifest
+    local = pair.roots.local.snapshot(pair.vm, pair.id)
+    store = pair.roots.store.root.snapshot(pair.vm, pair.id)
+    state = "shipping" if pair.spooled else "paired"
+    if out.json:
+        out.record({
+            "id": pair.id,
+            "vm": pair.vm,
+            "state": state,
+            "local": str(local),
+            "store": str(store),
+            "storage": storage,
+            "manifest": manifest,
+        })  # fmt: skip
+        return
+    ram, trial = manifest.ram, " (for a trial only: not on the network)"
+    out.facts([
+        ("snapshot", f"{pair.id} of {pair.vm}, {state}"),
+        ("taken", manifest.taken_at),
+        ("note", manifest.note or None),
+        ("pause", f"{in_ms(manifest.pause_ms)}; the guest was {manifest.was}"),
+        ("quiesce", manifest.quiesce),
+        ("frozen", in_ms(manifest.frozen_ms) if manifest.frozen_ms is not None else None),
+        ("RAM", f"{ram.mode} ({ram.reason}), {in_bytes(ram.raw_bytes)}"),
+        ("level", f"{storage.level}, revision {storage.revision}"),
+        ("QEMU", manifest.qemu_version),
+        ("identity", manifest.identity.uuid or ", ".join(manifest.identity.disks)),
+        ("host", manifest.host),
+        ("local half", str(local)),
+        ("store half", f"{store}{trial if manifest.trial_store else ''}"),
+    ])  # fmt: skip
+    out.line()
+    out.table(
+        ("DISK", "NODE", "ROLE", "SIZE", "FROZEN FILE", "WRITES NOW GO TO"),
+        [
+            [
+                disk.device,
+                disk.node,
+                disk.role,
+                in_bytes(disk.virtual_size_bytes),
+                disk.chain[0].path,
+                disk.overlay or "-",
+            ]
+            for disk in storage.disks
+        ],
+    )
+    for left in storage.left_out:
+        out.line(f"left out: {left.device} ({left.reason})")
+    out.line()
+    out.table(
+        ("STORE FILE", "BYTES", "BLAKE3"),
+        [[file.name, in_bytes(file.bytes), file.blake3] for file in manifest.files],
+    )

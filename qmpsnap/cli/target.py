@@ -1,0 +1,130 @@
+"""What the words of a command line mean: the VM with its sockets, the two roots, a snapshot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from qmpsnap.errors import UsageError
+
+if TYPE_CHECKING:
+    from qmpsnap.cli.render import Output
+    from qmpsnap.config import Config
+    from qmpsnap.engine.engine import Engine
+    from qmpsnap.engine.machine import Machine
+    from qmpsnap.hypervisor.machine.registry import Registered
+
+_ID = re.compile(r"\d{1,8}|\d{8}T\d{0,9}|\d{8}T\d{9}Z")
+# where no root is asked for, and none is given: nothing is ever there (passwd(5), Debian)
+_NOWHERE = Path("/nonexistent")
+C = TypeVar("C", bound=StrEnum)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the program: where it prints, and the options that all verbs share."""
+
+    out: Output
+    config: Path | None = None
+    local: Path | None = None
+    store: Path | None = None
+    allow_local_store: bool = False
+    socket: Path | None = None
+    agent_socket: Path | None = None
+
+    @cached_property
+    def settings(self) -> Config:
+        """The configuration. Raises ConfigError."""
+        return configuration(self.config)
+
+    def engine(self, *, roots: bool = True) -> Engine:
+        """The engine between the two roots; some verbs can do without *roots*.
+
+        Raises UsageError when one is asked for and not given, ConfigError.
+        """
+        from qmpsnap.engine.engine import Engine
+
+        return Engine(
+            self._root("local", self.local or self.settings.local, needed=roots),
+            self._root("store", self.store or self.settings.store, needed=roots),
+            allow_local_store=self.allow_local_store or self.settings.allow_local_store,
+            store_within=self.settings.store_timeout,
+            report=self.out.progress,
+        )
+
+    def machine(self, name: str, *, reach: bool = True) -> Machine:
+        """The VM *name*: with --socket, from the configuration, or started by `qmpsnap run`.
+
+        Raises VmUnknown when it is to be reached and nothing says where, UsageError, ConfigError.
+        """
+        from qmpsnap.engine.machine import Machine
+        from qmpsnap.errors import VmUnknown
+
+        Machine(name)  # a name that cannot be is told first
+        qmp, agent = self.socket, self.agent_socket
+        known = self.settings.vms.get(name)
+        if qmp is None and known is not None:
+            qmp, agent = known.socket, agent or known.agent_socket
+        if qmp is None and (running := _registered(name)) is not None:
+            qmp = Path(running.qmp)
+            agent = agent or (Path(running.agent) if running.agent else None)
+        if reach and qmp is None:
+            raise VmUnknown(f"no VM {name!r} is known: where is its QMP socket?")
+        return Machine(name, qmp.absolute() if qmp else None, agent.absolute() if agent else None)
+
+    def _root(self, word: str, path: Path | None, *, needed: bool) -> Path:
+        if path is None and needed:
+            raise UsageError(
+                f"no {word} root is given",
+                hint=f'give --{word} DIR, or put `{word} = "DIR"` into the configuration',
+            )
+        return path or _NOWHERE
+
+
+def _registered(name: str) -> Registered | None:
+    """The VM that `qmpsnap run` started under *name*, if it lives."""
+    from qmpsnap.hypervisor.machine import registry
+
+    try:
+        return registry.find(name)
+    except UsageError:
+        return None  # no folder for sockets: nothing was ever started from here
+
+
+def configuration(given: Path | None) -> Config:
+    """The configuration file in use. Raises ConfigError."""
+    from qmpsnap import config
+
+    return config.load(given)
+
+
+def snapshot(word: str) -> str:
+    """*word*, if it may mean a snapshot. Raises UsageError."""
+    if word != "latest" and not _ID.fullmatch(word):
+        raise UsageError(
+            f"not a snapshot ID: {word!r}",
+            hint="an ID looks like 20261122T165057123Z; its beginning, or `latest`, will do",
+        )
+    return word
+
+
+def choice(option: str, kind: type[C], word: str) -> C:
+    """The member of *kind* that *word* spells. Raises UsageError, naming *option*."""
+    try:
+        return kind(word)
+    except ValueError:
+        raise UsageError(f"{option}: not one of {', '.join(kind)}: {word!r}") from None
+
+
+def duration(option: str, word: str) -> float:
+    """Seconds of *word*. Raises UsageError, naming *option*."""
+    from qmpsnap import config
+
+    try:
+        return config.duration(word)
+    except UsageError as odd:
+        raise UsageError(f"{option}: {odd}") from odd

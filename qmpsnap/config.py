@@ -1,0 +1,171 @@
+"""The configuration file, and the words for sizes and durations: the only place that reads them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from qmpsnap.errors import ConfigError, UsageError
+from qmpsnap.ids import is_vm_name
+
+STORE_TIMEOUT = 30.0
+_SYSTEM = Path("/etc/qmpsnap.toml")
+_USER = Path("~/.config/qmpsnap.toml")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Vm(msgspec.Struct, frozen=True, kw_only=True):
+    """The sockets of one VM."""
+
+    socket: Path
+    agent_socket: Path | None = None
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file says. *store_timeout* in seconds; *path* is None when there is no file."""
+
+    path: Path | None = None
+    local: Path | None = None
+    store: Path | None = None
+    allow_local_store: bool = False
+    store_timeout: float = STORE_TIMEOUT
+    vms: Mapping[str, Vm] = {}
+
+
+class _VmTable(msgspec.Struct, frozen=True):
+    socket: str
+    agent_socket: str | None = None
+
+
+class _File(msgspec.Struct, frozen=True):
+    local: str | None = None
+    store: str | None = None
+    allow_local_store: bool = False
+    store_timeout: str | None = None
+    vm: dict[str, dict[str, object]] = {}
+
+
+def find(given: Path | None = None) -> Path | None:
+    """The file to read: *given*, $QMPSNAP_CONFIG, or the first there is of the system's and ours.
+
+    The first two have to be there, which `load` sees to.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get("QMPSNAP_CONFIG"):
+        return Path(named)
+    try:
+        there = [path for path in (_SYSTEM, _USER.expanduser()) if path.is_file()]
+    except (OSError, RuntimeError):  # a home that we may not look into, or none at all
+        return None
+    return there[0] if there else None
+
+
+def load(given: Path | None = None) -> Config:
+    """The configuration; an empty one without a file. Relative paths are relative to the file.
+
+    Raises ConfigError, one line that names the file and the key.
+    """
+    path = find(given)
+    if path is None:
+        return Config()
+    table = _read(path)
+    file = _convert(path, table, _File, "")
+    timeout = STORE_TIMEOUT
+    if file.store_timeout is not None:
+        try:
+            timeout = duration(file.store_timeout)
+        except UsageError as odd:
+            raise ConfigError(f"{path}: store_timeout: {odd}") from odd
+        if timeout <= 0:
+            raise ConfigError(f"{path}: store_timeout: has to be more than 0")
+    return Config(
+        path=path,
+        local=_path(path, file.local),
+        store=_path(path, file.store),
+        allow_local_store=file.allow_local_store,
+        store_timeout=timeout,
+        vms={name: _vm(path, name, words) for name, words in file.vm.items()},
+    )
+
+
+def duration(text: str) -> float:
+    """Seconds of `200ms`, `3s`, `2m` or `1h`. Raises UsageError."""
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"not a duration: {text!r} (such as 200ms, 3s, 2m, 1h)")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def size(text: str) -> int:
+    """Bytes of `4096`, `512K`, `20M`, `1.5G` or `2T`, in powers of 1024. Raises UsageError."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"not a size: {text!r} (such as 512K, 20M, 1.5G)")
+    return int(float(found[1]) * 1024 ** _POWERS[found[2].upper()])
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as failed:
+        raise ConfigError(f"{path}: {failed.strerror}") from failed
+    except UnicodeDecodeError as failed:
+        raise ConfigError(f"{path}: is not UTF-8: {failed.reason}") from failed
+    except tomllib.TOMLDecodeError as failed:
+        raise ConfigError(f"{path}: {failed}") from failed
+
+
+def _vm(path: Path, name: str, words: dict[str, object]) -> Vm:
+    if not is_vm_name(name):
+        raise ConfigError(f"{path}: vm.{name}: not a name for a VM")
+    table = _convert(path, words, _VmTable, f"vm.{name}.")
+    socket = _path(path, table.socket)
+    assert socket is not None
+    return Vm(socket=socket, agent_socket=_path(path, table.agent_socket))
+
+
+def _convert(path: Path, table: dict[str, object], kind: type[T], prefix: str) -> T:
+    known = kind.__struct_fields__
+    for key in table:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            meant = f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown key `{prefix}{key}`", hint=meant)
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as odd:
+        raise ConfigError(f"{path}: {_in_words(str(odd), table, prefix)}") from odd
+
+
+def _in_words(told: str, table: dict[str, object], prefix: str) -> str:
+    """msgspec's complaint, with the key in front: "Expected `str`, got `int` - at `$.local`"."""
+    what, _, where = told.partition(" - at `$")
+    key = where.strip("`.")
+    if key == "vm[...]":
+        vms = table["vm"]
+        odd = vms.items() if isinstance(vms, dict) else []
+        key = next((f"vm.{name}" for name, one in odd if not isinstance(one, dict)), key)
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
+        return f"{prefix}{missing[1]}: is missing"
+    return f"{prefix}{key}: {what[:1].lower()}{what[1:]}"
+
+
+def _path(file: Path, text: str | None) -> Path | None:
+    if text is None:
+        return None
+    try:
+        return file.absolute().parent / Path(text).expanduser()
+    except RuntimeError as homeless:
+        raise ConfigError(f"{file}: {text}: {homeless}") from homeless
