@@ -7,7 +7,7 @@ SnapError
  │   ├─ VmUnknown, SnapshotUnknown, MonitorAbsent, MonitorBusy
  │   └─ VmBusy, StoreRefused, Blocked
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
- │   ├─ MonitorError: MonitorLost, ReplyMalformed
+ │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
  │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
  │   ├─ MigrationFailed, LaunchFailed, LocalFailed
  │   └─ StoreError: StoreStalled
@@ -97,6 +97,10 @@ class MonitorLost(MonitorError):
     """The connection went away under a command; whether it ran is unknown. Look before acting."""
 
 
+class QemuGone(MonitorLost):
+    """Nobody listens at the socket any more: QEMU has ended, and no guest is left to help."""
+
+
 class ReplyMalformed(MonitorError):
     pass
 
@@ -144,8 +148,11 @@ class StoreStalled(StoreError):
 
 
 class NotShipped(SnapError):
+    """*created*: from `create`, the `Created` of the snapshot, its state `shipping`."""
+
     exit_code = 5
     hint = "the snapshot is safe in the local spool: `qmpsnap ship` delivers it"
+    created: object = None
 
 
 class GuestNeedsHelp(SnapError):

@@ -22,18 +22,26 @@ from qmpsnap.engine.plan import Plan, plan
 from qmpsnap.engine.roots import Judged, Roots, judge
 from qmpsnap.engine.ship import ship, ship_all
 from qmpsnap.engine.wishes import Wishes
-from qmpsnap.errors import MonitorBusy, NotShipped, SnapError, StoreError
+from qmpsnap.errors import (
+    GuestStillFrozen,
+    LocalFailed,
+    MonitorBusy,
+    NotShipped,
+    SnapError,
+    StoreError,
+)
 from qmpsnap.host import lock
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.hypervisor.block import transaction
 from qmpsnap.hypervisor.guest.watchdog import watching
-from qmpsnap.hypervisor.monitor import Monitor, alive, connect
+from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.ids import SnapshotId
 from qmpsnap.shield import finish
 from qmpsnap.store import identity, local
 from qmpsnap.store.manifest import Manifest, Storage
 
 log = logging.getLogger(__name__)
+_SEAL_WITHIN = 600.0
 
 
 class Bytes(msgspec.Struct, frozen=True):
@@ -124,8 +132,10 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             try:
                 sampled = await asyncio.to_thread(spool.usage, facts, roots.local.path)
                 captured = await _captured(monitor, made, facts, debt, folder, report)
-            except BaseException:
-                await finish(_given_up(roots, machine, monitor, debt, str(id)), within=3600)
+            except BaseException as failure:
+                frozen = isinstance(failure, GuestStillFrozen)
+                undone = _given_up(roots, machine, monitor, debt, str(id), frozen=frozen)
+                await finish(undone, within=3600)
                 raise
         try:
             trial = judged.trial if judged else roots.allow_local_store
@@ -140,11 +150,12 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         try:
             delivered = await ship(roots, machine.name, str(id), report)
         except NotShipped as waiting:
-            raise NotShipped(str(waiting)) from waiting
+            waiting.created = _created(roots, made, half, manifest, shipped=None)
+            raise
         _, waiting_still = await ship_all(roots, machine.name, report)
         for trouble in waiting_still:
             log.warning("%s", trouble)
-    return _created(roots, made, half, manifest, delivered.bytes)
+    return _created(roots, made, half, manifest, shipped=delivered.bytes)
 
 
 def _next_id(roots: Roots, machine: Machine) -> SnapshotId:
@@ -182,7 +193,7 @@ async def _journaled(roots: Roots, monitor: Monitor, made: Plan, facts: survey.S
 async def _captured(
     monitor: Monitor, made: Plan, facts: survey.Survey, debt: _Debt, folder: Path, report: Report
 ) -> Captured:
-    await asyncio.to_thread(folder.mkdir, 0o700, parents=True)
+    await asyncio.to_thread(_make, folder)
     watch = watching(
         facts.machine.socket,
         facts.agent if made.freeze else None,
@@ -212,14 +223,25 @@ async def _captured(
     return captured
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(0o700, parents=True)
+    except OSError as failed:
+        raise LocalFailed(f"{folder}: {failed.strerror}") from failed
+
+
 def _flush(made: Plan) -> None:
     """Write back what the host still caches of the disks: else `stop` would wait for it."""
     for disk in made.disks:
-        fd = os.open(disk.site.paths[0], os.O_RDONLY)
+        path = disk.site.paths[0]
         try:
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        except OSError as failed:
+            raise LocalFailed(f"{path}: {failed.strerror}") from failed
 
 
 async def _sealed(
@@ -247,16 +269,26 @@ async def _sealed(
         report=report,
     )
     # the store half is whole by now: with this file the snapshot exists
-    await asyncio.to_thread(local.seal, roots.local, made.vm, half)
+    # a thread goes on after a cancellation: it must not seal what is being undone meanwhile
+    await finish(asyncio.to_thread(local.seal, roots.local, made.vm, half), within=_SEAL_WITHIN)
     return half, manifest
 
 
-async def _given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: _Debt, id: str) -> None:
-    """Undo; what cannot be undone now stays in the journal for `recover`."""
+async def _given_up(
+    roots: Roots, machine: Machine, monitor: Monitor, debt: _Debt, id: str, *, frozen: bool
+) -> None:
+    """Undo; what cannot be undone now stays in the journal for `recover`.
+
+    A guest that is not *frozen* by us is not thawed: somebody else may hold it.
+    """
+
+    async def undone(current: Monitor) -> None:
+        await recover.undo(roots, machine, current, id, debt.owed, debt.phase, thaw=frozen)
+
     try:
-        async with alive(monitor) as current:
-            await recover.undo(roots, machine, current, id, debt.owed, debt.phase)
-        await asyncio.to_thread(debt.entry.close)
+        await settle(monitor, undone)
+        if not frozen:
+            await asyncio.to_thread(debt.entry.close)
     except SnapError as trouble:
         log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
 
@@ -264,12 +296,15 @@ async def _given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: _Deb
 async def _given_up_later(roots: Roots, machine: Machine, debt: _Debt, id: str) -> None:
     try:
         async with connect(machine.socket) as monitor:
-            await _given_up(roots, machine, monitor, debt, id)
+            await _given_up(roots, machine, monitor, debt, id, frozen=False)
     except SnapError as trouble:
         log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
 
 
-def _created(roots: Roots, made: Plan, half: Storage, manifest: Manifest, shipped: int) -> Created:
+def _created(
+    roots: Roots, made: Plan, half: Storage, manifest: Manifest, *, shipped: int | None
+) -> Created:
+    """*shipped* is None while the store half waits in the spool."""
     overlays = sum(Path(disk.overlay).stat().st_size for disk in half.disks if disk.overlay)
     return Created(
         id=half.id,
@@ -282,7 +317,7 @@ def _created(roots: Roots, made: Plan, half: Storage, manifest: Manifest, shippe
         frozen_ms=manifest.frozen_ms,
         local=str(roots.local.snapshot(half.vm, half.id)),
         store=str(roots.store.root.snapshot(half.vm, half.id)),
-        bytes=Bytes(disks=overlays, vmstate=manifest.ram.raw_bytes, shipped=shipped),
+        bytes=Bytes(disks=overlays, vmstate=manifest.ram.raw_bytes, shipped=shipped or 0),
         revision=half.revision,
-        state="paired",
+        state="shipping" if shipped is None else "paired",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.engine.plan import PlannedDisk
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host import qemu_img
 from qmpsnap.hypervisor.block import fold, graph, overlay
 from qmpsnap.hypervisor.monitor import Monitor
@@ -32,19 +32,34 @@ def remembered(disks: Iterable[PlannedDisk]) -> list[Laid]:
 
 async def lay(monitor: Monitor, disks: Sequence[PlannedDisk]) -> None:
     """Make each overlay's file and open it in QEMU, unused. Raises LocalFailed, CommandRefused."""
-    async with asyncio.TaskGroup() as group:
-        for disk in disks:
-            group.create_task(_make(disk))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for disk in disks:
+                group.create_task(_make(disk))
+    except* SnapError as several:
+        raise _first(several) from several
     for disk in disks:
         await overlay.add(monitor, disk.overlay)
 
 
+def _first(group: BaseExceptionGroup[SnapError]) -> SnapError:
+    one = group.exceptions[0]
+    return _first(one) if isinstance(one, BaseExceptionGroup) else one
+
+
 async def _make(disk: PlannedDisk) -> None:
     top = disk.site.disk.top
-    await asyncio.to_thread(disk.overlay.path.parent.mkdir, 0o700, parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_folder, disk.overlay.path.parent)
     await qemu_img.create_overlay(
         disk.overlay.path, Path(disk.site.paths[0]), _format(top), top.virtual_size
     )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+    except OSError as failed:
+        raise LocalFailed(f"{folder}: {failed.strerror}") from failed
 
 
 def _format(node: graph.Node) -> str:

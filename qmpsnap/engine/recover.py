@@ -15,8 +15,9 @@ from qmpsnap.engine import delete, layers
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import SnapError
+from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host import journal
+from qmpsnap.hypervisor.block import fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate import migration, target
@@ -57,7 +58,10 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
     Raises what QEMU and the disk say; what is not settled stays in the journal.
     """
     settled = []
-    for record in journal.pending(roots.local.journal(machine.name)):
+    debts = await asyncio.to_thread(journal.pending, roots.local.journal(machine.name))
+    if debts:
+        await fold.broken_off(monitor)
+    for record in debts:
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         did: list[str] = []
         if record.lines and record.lines[0].get("verb") == "delete":
@@ -66,8 +70,11 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         elif record.lines:
             owed = msgspec.convert(record.lines[0], Owed)
             phase = Phase(record.lines[-1]["phase"])
-            if phase is not Phase.SEALED:
-                did = await undo(roots, machine, monitor, record.id, owed, phase)
+            if not _is_sealed(roots, machine, record.id):
+                crashed = phase is Phase.HOLDING
+                did = await undo(
+                    roots, machine, monitor, record.id, owed, phase, thaw=owed.freeze and crashed
+                )
         entry.close()
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
@@ -75,9 +82,22 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
 
 
 async def undo(
-    roots: Roots, machine: Machine, monitor: Monitor, id: str, owed: Owed, phase: Phase
+    roots: Roots,
+    machine: Machine,
+    monitor: Monitor,
+    id: str,
+    owed: Owed,
+    phase: Phase,
+    *,
+    thaw: bool,
 ) -> list[str]:
-    """Give the guest back as it was before the snapshot *id*; what was done, in words."""
+    """Give the guest back as it was before the snapshot *id*; what was done, in words.
+
+    A sealed snapshot exists, whatever was noted last: it is left alone. Done twice, it does
+    nothing. Raises GuestLeftStopped, LocalFailed, JobFailed, MonitorError.
+    """
+    if _is_sealed(roots, machine, id):
+        return []
     did: list[str] = []
     touched = phase is not Phase.PLANNED
     if touched:
@@ -85,14 +105,14 @@ async def undo(
         if owed.running and await runstate.query(monitor) is not runstate.RunState.RUNNING:
             await runstate.let_run(monitor)
             did.append("the guest was continued")
-        if owed.freeze and phase is Phase.HOLDING and owed.agent:
+        if thaw and owed.agent:
             did += await _thawed(Path(owed.agent))
     await migration.set_back(monitor, owed.capabilities, owed.parameters)
     await target.forget_all(monitor)
     kept = await layers.take_back(monitor, owed.laid, may_be_live=touched)
     did.append("overlays were taken back")
     did += [f"kept {path}: it may hold writes of the guest" for path in kept]
-    await asyncio.to_thread(_remove_unsealed, roots.local.snapshot(machine.name, id))
+    await asyncio.to_thread(_remove, roots.local.snapshot(machine.name, id))
     return did
 
 
@@ -120,6 +140,13 @@ async def _thawed(agent: Path) -> list[str]:
     return ["the guest was thawed"] if freezer.state.thawed else []
 
 
-def _remove_unsealed(folder: Path) -> None:
-    if folder.is_dir() and not (folder / "storage.json").exists():
-        shutil.rmtree(folder)
+def _is_sealed(roots: Roots, machine: Machine, id: str) -> bool:
+    return roots.local.storage(machine.name, id).exists()
+
+
+def _remove(folder: Path) -> None:
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as failed:
+        raise LocalFailed(f"{folder}: {failed.strerror}") from failed

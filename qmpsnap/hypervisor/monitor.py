@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,14 @@ from qemu.qmp import (
     StateError,
 )
 
-from qmpsnap.errors import CommandRefused, MonitorAbsent, MonitorBusy, MonitorLost, ReplyMalformed
+from qmpsnap.errors import (
+    CommandRefused,
+    MonitorAbsent,
+    MonitorBusy,
+    MonitorLost,
+    QemuGone,
+    ReplyMalformed,
+)
 from qmpsnap.shield import finish
 
 T = TypeVar("T")
@@ -181,17 +188,25 @@ async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
         await finish(monitor._leave(), within=10)
 
 
-@contextlib.asynccontextmanager
-async def alive(monitor: Monitor, *, within: float = 10.0) -> AsyncIterator[Monitor]:
-    """*monitor* itself, or a fresh session with the same QEMU if that one is gone.
+async def settle(
+    monitor: Monitor, debt: Callable[[Monitor], Awaitable[T]], *, within: float = 10.0
+) -> T:
+    """Pay *debt* over *monitor*, or over a fresh session if that one is gone, or goes under it.
 
-    For debts: what must be paid is paid over whatever connection there is.
+    So *debt* must be one that may be paid twice. *within* is for the fresh session's greeting.
+
+    Raises QemuGone, MonitorLost when QEMU is out of reach, and what *debt* raises.
     """
     if not monitor.lost:
-        yield monitor
-        return
-    async with connect(monitor.path, within=within) as fresh:
-        yield fresh
+        with contextlib.suppress(MonitorLost):
+            return await debt(monitor)
+    try:
+        async with connect(monitor.path, within=within) as fresh:
+            return await debt(fresh)
+    except MonitorAbsent as gone:
+        raise QemuGone(f"QEMU has ended: {gone}") from gone
+    except MonitorBusy as busy:
+        raise MonitorLost(f"the connection was lost, and no other is to be had: {busy}") from busy
 
 
 def _reach(path: Path) -> socket.socket:

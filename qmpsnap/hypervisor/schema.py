@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpsnap.errors import CommandRefused
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.monitor import Monitor, settle
+from qmpsnap.shield import finish
 
 
 class Schema:
@@ -98,8 +99,12 @@ async def _background_trouble(monitor: Monitor, capabilities: set[str]) -> str:
     except CommandRefused as refused:
         return refused.desc
     finally:
-        await set_capabilities(monitor, {"background-snapshot": False})
+        await finish(settle(monitor, _background_off), within=20)
     return ""
+
+
+async def _background_off(monitor: Monitor) -> None:
+    await set_capabilities(monitor, {"background-snapshot": False})
 
 
 async def set_capabilities(monitor: Monitor, wanted: dict[str, bool]) -> None:

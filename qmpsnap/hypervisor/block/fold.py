@@ -6,9 +6,12 @@ import asyncio
 
 from qmpsnap.errors import JobFailed
 from qmpsnap.hypervisor.block import graph, overlay
-from qmpsnap.hypervisor.block.job import job
+from qmpsnap.hypervisor.block.job import end, job
+from qmpsnap.hypervisor.block.job import query as query_jobs
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.ids import NodeName
+
+_PREFIX = "fold-"
 
 
 async def fold(
@@ -28,7 +31,7 @@ async def fold(
     arguments = {"device": top, "base-node": base}
     async with (
         asyncio.timeout(within),
-        job(monitor, "block-commit", f"fold-{top}", arguments) as it,
+        job(monitor, "block-commit", f"{_PREFIX}{top}", arguments) as it,
     ):
         await it.reaches("ready")
         await it.complete()
@@ -41,6 +44,16 @@ async def fold(
         # nodes that a -drive or a backing string opened go by themselves
         await overlay.drop(monitor, node)
     return freed
+
+
+async def broken_off(monitor: Monitor) -> None:
+    """End the folds that an engine left at work when it died; the graph shows how far they came.
+
+    A commit that is cancelled when it is ready leaves the disk as it was.
+    """
+    for one in await query_jobs(monitor):
+        if one.id.startswith(_PREFIX):
+            await end(monitor, one.id)
 
 
 def _chain_of(seen: graph.Graph, node: NodeName) -> list[NodeName] | None:

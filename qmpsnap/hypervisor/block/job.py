@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import msgspec
 
-from qmpsnap.errors import CommandRefused, JobFailed
-from qmpsnap.hypervisor.monitor import Events, Monitor
+from qmpsnap.errors import CommandRefused, JobFailed, MonitorLost
+from qmpsnap.hypervisor.monitor import Events, Monitor, settle
 from qmpsnap.shield import finish
 
 
@@ -47,39 +48,50 @@ class Job:
 
     async def info(self) -> JobInfo | None:
         """How it stands; None when QEMU knows it no more."""
-        jobs = await self._monitor.query("query-jobs", list[JobInfo])
-        return next((job for job in jobs if job.id == self.id), None)
+        return _of(await query(self._monitor), self.id)
 
     async def complete(self) -> None:
         await self._monitor.execute("job-complete", {"id": self.id})
-
-    async def gone(self) -> None:
-        """Cancel it if it is at work, and dismiss it."""
-        while (info := await self.info()) is not None:
-            with suppress(CommandRefused):  # it may have moved on since we asked
-                verb = "job-dismiss" if info.status == "concluded" else "job-cancel"
-                await self._monitor.execute(verb, {"id": self.id})
-                if verb == "job-cancel":
-                    async with asyncio.timeout(10):
-                        await self._events.next()
 
 
 @asynccontextmanager
 async def job(
     monitor: Monitor, verb: str, id: str, arguments: Mapping[str, object]
 ) -> AsyncIterator[Job]:
-    """Start *verb* as the job *id* and own it for the block."""
+    """Start *verb* as the job *id* and own it: however the block ends, the job is gone."""
     with monitor.listen("JOB_STATUS_CHANGE") as events:
-        owned = Job(id, monitor, events)
         try:
             await monitor.execute(verb, {"job-id": id, "auto-dismiss": False, **arguments})
-            yield owned
+            yield Job(id, monitor, events)
         finally:
-            if not monitor.lost:
-                await finish(owned.gone(), within=30)
+            # out of reach: `recover` finds it
+            with suppress(MonitorLost):
+                await finish(settle(monitor, partial(end, id=id)), within=60)
+
+
+async def end(monitor: Monitor, id: str) -> None:
+    """Cancel the job *id* if it is at work, and dismiss it; nothing to do if there is none."""
+    with monitor.listen("JOB_STATUS_CHANGE") as events:
+        while (info := _of(await query(monitor), id)) is not None:
+            verb = "job-dismiss" if info.status == "concluded" else "job-cancel"
+            with suppress(CommandRefused):  # it may have moved on since we asked
+                await monitor.execute(verb, {"id": id})
+            if verb == "job-cancel":
+                # the change may have come before we listened: look again
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await events.next()
+
+
+async def query(monitor: Monitor) -> list[JobInfo]:
+    """All jobs of this QEMU, whoever started them, the concluded ones too."""
+    return await monitor.query("query-jobs", list[JobInfo])
 
 
 async def at_work(monitor: Monitor) -> list[JobInfo]:
     """The jobs of this QEMU that are not concluded, whoever started them."""
-    jobs = await monitor.query("query-jobs", list[JobInfo])
-    return [job for job in jobs if job.status not in {"concluded", "null"}]
+    return [job for job in await query(monitor) if job.status not in {"concluded", "null"}]
+
+
+def _of(jobs: list[JobInfo], id: str) -> JobInfo | None:
+    return next((job for job in jobs if job.id == id), None)

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Any
 
-from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, MonitorLost, SnapError
-from qmpsnap.hypervisor.monitor import Monitor, alive
+from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, QemuGone, SnapError
+from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
 
 
@@ -57,7 +57,8 @@ async def stopped(monitor: Monitor, *, within: float = 30) -> AsyncIterator[Hold
 
     The body may `release` it early. Raises Blocked when QEMU's state after `stop` is not exactly
     `paused` (an I/O error, a panic: there the RAM must not be saved), GuestLeftStopped when
-    within *within* seconds it could not be made to run, over this connection or a new one.
+    within *within* seconds it could not be made to run, over this connection or a new one,
+    QemuGone when there is no guest any more.
     """
     hold = Hold(monitor)
     try:
@@ -74,24 +75,20 @@ async def stopped(monitor: Monitor, *, within: float = 30) -> AsyncIterator[Hold
 async def _released(hold: Hold) -> None:
     try:
         await hold.release()
+    except (GuestLeftStopped, QemuGone):
+        raise
     except (SnapError, TimeoutError) as failed:
-        if isinstance(failed, GuestLeftStopped):
-            raise
         raise GuestLeftStopped(f"the guest could not be continued: {failed}") from failed
 
 
 async def let_run(monitor: Monitor, *, within: float = 20) -> None:
     """`cont` until the guest is seen running, over a fresh connection if ours is gone.
 
-    Raises GuestLeftStopped (QEMU refuses, or is in a state that `cont` does not leave).
+    Raises GuestLeftStopped (QEMU refuses, or is in a state that `cont` does not leave), QemuGone.
     """
     try:
         async with asyncio.timeout(within):
-            with suppress(MonitorLost):
-                async with alive(monitor) as current:
-                    return await _continue(current)
-            async with alive(monitor) as fresh:
-                await _continue(fresh)
+            await settle(monitor, _continue)
     except TimeoutError as late:
         raise GuestLeftStopped(f"not running again after {within:g} s") from late
 

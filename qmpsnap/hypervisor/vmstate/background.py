@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from qmpsnap.errors import MigrationFailed, MonitorLost
 from qmpsnap.hypervisor.guest import runstate
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.hypervisor.vmstate import migration
 from qmpsnap.hypervisor.vmstate.session import Fix, Session, bounded, timed
 from qmpsnap.hypervisor.vmstate.target import Target
@@ -45,7 +45,7 @@ async def background(
             except BaseException:
                 with suppress(MonitorLost):  # `recover` finds it
                     end = migration.call_off if failure_safe else _seen_through
-                    await finish(end(monitor), within=20 if failure_safe else 3600)
+                    await finish(settle(monitor, end), within=60 if failure_safe else 3600)
                 raise
 
 

@@ -72,7 +72,7 @@ async def live(
                     await monitor.execute("migrate-continue", {"state": "pre-switchover"})
                     await migration.reach(monitor, events, "completed")
         except BaseException:
-            await finish(give_back(monitor), within=30)
+            await finish(give_back(monitor), within=60)
             raise
         await finish(runstate.let_run(monitor), within=30)
 

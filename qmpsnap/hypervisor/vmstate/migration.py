@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
-from qmpsnap.errors import (
-    CommandRefused,
-    MigrationFailed,
-    MonitorAbsent,
-    MonitorBusy,
-    MonitorLost,
-)
-from qmpsnap.hypervisor.monitor import Events, Monitor, alive
+from qmpsnap.errors import CommandRefused, MigrationFailed, SnapError
+from qmpsnap.hypervisor.monitor import Events, Monitor, settle
 from qmpsnap.hypervisor.schema import set_capabilities
 from qmpsnap.shield import finish
 
+log = logging.getLogger(__name__)
 UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
 _OVER = {"completed", "failed", "cancelled", "none"}
 
@@ -78,6 +74,11 @@ async def tuned(
     changes = {name: state for name, state in wanted.items() if state != before[name]}
     old = await monitor.execute("query-migrate-parameters")
     ours = {"max-bandwidth": UNLIMITED, **parameters}
+
+    async def as_found(current: Monitor) -> None:
+        found = {name: not to for name, to in changes.items()}
+        await set_back(current, found, {name: old[name] for name in ours})
+
     try:
         # off before on: QEMU checks each call's outcome, and some exclude one another
         for state in (False, True):
@@ -85,15 +86,13 @@ async def tuned(
                 await set_capabilities(monitor, some)
         await monitor.execute("migrate-set-parameters", ours)
         yield
-    finally:
-        await finish(_set_back(monitor, changes, {name: old[name] for name in ours}), within=10)
-
-
-async def _set_back(monitor: Monitor, changes: dict[str, bool], old: dict[str, object]) -> None:
-    # if QEMU is out of reach the journal knows, and `recover` does it then
-    with suppress(MonitorLost, MonitorAbsent, MonitorBusy):
-        async with alive(monitor) as current:
-            await set_back(current, {name: not to for name, to in changes.items()}, old)
+    except BaseException:
+        try:
+            await finish(settle(monitor, as_found), within=20)
+        except SnapError as trouble:
+            log.info("not set back yet: %s", trouble)  # the journal knows: `recover` does it
+        raise
+    await finish(settle(monitor, as_found), within=20)
 
 
 async def set_back(

@@ -44,7 +44,7 @@ async def paused(session: Session, target: Target, fix: Fix) -> None:
                     await monitor.execute("migrate", {"uri": target.uri})
                     await migration.reach(monitor, events, "completed", each=each)
         except BaseException:
-            await finish(give_back(monitor), within=30)
+            await finish(give_back(monitor), within=60)
             hold.released = True
             raise
         await hold.release()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from qmpsnap.errors import MonitorLost, PauseTooLong
+from qmpsnap.errors import GuestLeftStopped, PauseTooLong
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
-from qmpsnap.hypervisor.monitor import Monitor, alive
+from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.hypervisor.vmstate import migration
 
 Fix = Callable[[], Awaitable[None]]
@@ -20,6 +20,7 @@ Fix = Callable[[], Awaitable[None]]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
+_CALL_OFF_WITHIN = 30.0
 MARGIN = 10.0  # seconds past which the watchdog takes the engine for hung
 
 
@@ -94,11 +95,16 @@ async def bounded(session: Session) -> AsyncIterator[None]:
 
 
 async def give_back(monitor: Monitor) -> None:
-    """Call off a migration of ours and let the guest run, over whatever connection there is."""
-    with suppress(MonitorLost):
-        async with alive(monitor) as current:
-            await migration.call_off(current)
-            return await runstate.let_run(current)
-    async with alive(monitor) as fresh:
-        await migration.call_off(fresh)
-        await runstate.let_run(fresh)
+    """Call off a migration of ours and let the guest run, over whatever connection there is.
+
+    Raises GuestLeftStopped, QemuGone.
+    """
+    try:
+        async with asyncio.timeout(_CALL_OFF_WITHIN):
+            await settle(monitor, migration.call_off)
+    except TimeoutError as late:
+        await runstate.let_run(monitor)
+        raise GuestLeftStopped(
+            f"QEMU did not give its migration up within {_CALL_OFF_WITHIN:g} s"
+        ) from late
+    await runstate.let_run(monitor)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
 
 _DRAIN = Path(__file__).with_name("drain.py")
@@ -122,11 +122,15 @@ async def _in_thread_synced(fd: int, path: Path) -> None:
 
 
 async def _forget(monitor: Monitor, set_id: int | None) -> None:
-    with contextlib.suppress(CommandRefused, MonitorLost):
+    async def forgotten(current: Monitor) -> None:
         if set_id is None:
-            await monitor.execute("closefd", {"fdname": _FDNAME})
+            await current.execute("closefd", {"fdname": _FDNAME})
         else:
-            await monitor.execute("remove-fd", {"fdset-id": set_id})
+            await current.execute("remove-fd", {"fdset-id": set_id})
+
+    # refused: QEMU has taken it by itself, or never had it
+    with contextlib.suppress(CommandRefused, MonitorLost):
+        await settle(monitor, forgotten)
 
 
 async def forget_all(monitor: Monitor) -> None:
