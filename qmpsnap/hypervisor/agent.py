@@ -47,9 +47,17 @@ class Agent:
             raise AgentError(f"{command}: no answer within {within:g} s") from silent
         except OSError as gone:
             raise AgentError(f"{command}: {gone}") from gone
-        if "error" in reply:
-            raise AgentError(f"{command}: {reply['error'].get('desc', reply['error'])}")
+        if (error := reply.get("error")) is not None:
+            told = error.get("desc", error) if isinstance(error, dict) else error
+            raise AgentError(f"{command}: {told}")
         return reply.get("return")
+
+    async def count(self, command: str, *, within: float = 5.0) -> int:
+        """As `execute`, for a command that answers with a number."""
+        number = await self.execute(command, within=within)
+        if not isinstance(number, int):
+            raise AgentError(f"{command}: not a number: {str(number)[:60]!r}")
+        return number
 
     async def synchronise(self, *, within: float = 3.0) -> None:
         """Throw away what earlier clients left unread, until the agent echoes our number.
@@ -73,12 +81,15 @@ class Agent:
             raise AgentError(f"{self.path}: {gone}") from gone
 
     async def _line(self) -> dict[str, Any]:
-        line = (await self._reader.readline()).lstrip(_SENTINEL)
+        try:
+            line = (await self._reader.readline()).lstrip(_SENTINEL)
+        except ValueError as endless:
+            raise AgentError(f"{self.path}: the agent's answer has no end") from endless
         if not line:
             raise AgentError(f"{self.path}: QEMU closed the agent's socket")
         try:
             reply = json.loads(line)
-        except ValueError as garbage:
+        except (ValueError, RecursionError) as garbage:  # it is the guest's: it may be anything
             raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}") from garbage
         if not isinstance(reply, dict):
             raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}")

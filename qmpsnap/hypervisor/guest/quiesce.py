@@ -42,7 +42,7 @@ class Freezer:
             if await agent.execute("guest-fsfreeze-status") != "thawed":
                 raise Blocked("the guest is frozen already, by somebody else")
             self.owed, self.state.since = True, time.monotonic()
-            self.state.count = await agent.execute("guest-fsfreeze-freeze", within=self._within)
+            self.state.count = await agent.count("guest-fsfreeze-freeze", within=self._within)
         if self.state.count == 0:
             raise AgentError("the guest agent found no file system that it could freeze")
 
@@ -55,7 +55,7 @@ class Freezer:
         for _ in range(3):
             try:
                 async with door.connect(self._path) as agent:
-                    thawed = await agent.execute("guest-fsfreeze-thaw", within=self._within)
+                    thawed = await agent.count("guest-fsfreeze-thaw", within=self._within)
                     if self.state.thawed is None:
                         self.state.thawed = thawed
                     if await agent.execute("guest-fsfreeze-status") == "thawed":
