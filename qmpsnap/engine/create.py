@@ -20,7 +20,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase, move
 from qmpsnap.engine.plan import Plan, plan
 from qmpsnap.engine.roots import Judged, Roots, judge
-from qmpsnap.engine.ship import ship, ship_all
+from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
     GuestStillFrozen,
@@ -152,7 +152,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         except NotShipped as waiting:
             waiting.created = _created(roots, made, half, manifest, shipped=None)
             raise
-        _, waiting_still = await ship_all(roots, machine.name, report)
+        _, waiting_still = await ship_waiting(roots, machine.name, report)
         for trouble in waiting_still:
             log.warning("%s", trouble)
     return _created(roots, made, half, manifest, shipped=delivered.bytes)

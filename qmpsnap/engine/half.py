@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import HalfMissing, LocalFailed
+from qmpsnap.errors import DigestMismatch, HalfMissing, LocalFailed
 from qmpsnap.store import files, local, pack
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import MANIFEST
-from qmpsnap.store.manifest import FileEntry, Manifest, Storage, decode
+from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,27 @@ class Pair:
             return
         path, entry = self.roots.local.spool(self.vm, self.id) / name, self._entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
-        await asyncio.to_thread(
-            pack.unpack_to_fd,
-            path,
-            fd,
-            raw_bytes=self.manifest.ram.raw_bytes,
-            raw_blake3=self.manifest.ram.raw_blake3,
-            side=LocalFailed,
-            on_progress=tell,
-        )
+        # a thread goes on when its waiter is cancelled: it must own what it writes to
+        await asyncio.to_thread(_unpack, path, os.dup(fd), self.manifest.ram, tell)
 
     def _entry(self, name: str) -> FileEntry:
         if (entry := self.manifest.entry(name)) is None:
             raise HalfMissing(f"{self.vm} {self.id}: the manifest lists no {name}")
         return entry
+
+
+def _unpack(path: Path, fd: int, ram: Ram, tell: files.Progress) -> None:
+    try:
+        pack.unpack_to_fd(
+            path,
+            fd,
+            raw_bytes=ram.raw_bytes,
+            raw_blake3=ram.raw_blake3,
+            side=LocalFailed,
+            on_progress=tell,
+        )
+    finally:
+        os.close(fd)
 
 
 async def open_pair(roots: Roots, entry: Entry) -> Pair:
@@ -79,10 +88,17 @@ async def open_pair(roots: Roots, entry: Entry) -> Pair:
         manifest = decode(content, Manifest, path)
         seal = files.digest_bytes(content)
         return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=True)
-    listing = await roots.store.catalogue(entry.vm)
-    found = next(one for one in listing.found if one.id == entry.id)
-    assert found.manifest is not None
-    assert found.manifest_blake3 is not None
+    # what the store says now is believed only if it is what the local half noted when it shipped
+    paired = await asyncio.to_thread(local.read_paired, roots.local, entry.vm, entry.id)
+    if paired is None:
+        raise HalfMissing(f"{entry.vm} {entry.id}: the local half names no store half")
     path = roots.store.root.manifest(entry.vm, entry.id)
+    listing = await roots.store.catalogue(entry.vm)
+    found = next((one for one in listing.found if one.id == entry.id), None)
+    if found is None or found.manifest is None:
+        raise HalfMissing(f"{path}: the store half is gone")
+    if found.manifest_blake3 != paired.manifest_blake3:
+        raise DigestMismatch(f"{path}: is not the manifest that was shipped")
     manifest = decode(found.manifest.encode(), Manifest, path)
-    return Pair(roots, entry.vm, entry.id, storage, manifest, found.manifest_blake3, spooled=False)
+    seal = paired.manifest_blake3
+    return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=False)

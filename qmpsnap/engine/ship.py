@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots, judge, moment
-from qmpsnap.errors import LocalFailed, NotShipped, SnapError
+from qmpsnap.errors import LocalFailed, NotShipped, SnapError, VmBusy
+from qmpsnap.host import lock
 from qmpsnap.store import local
 from qmpsnap.store.manifest import Paired
 
@@ -52,16 +53,40 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
 async def ship_all(
     roots: Roots, vm: str | None, report: Report
 ) -> tuple[list[Delivered], list[NotShipped]]:
-    """Deliver every sealed spool of *vm*, or of all VMs, oldest first."""
+    """Deliver every sealed spool of *vm*, or of all VMs; a VM that an engine works on waits."""
+    delivered: list[Delivered] = []
+    failed: list[NotShipped] = []
+    for name in await asyncio.to_thread(roots.local.vms) if vm is None else [vm]:
+        if not any(one.spool for one in await asyncio.to_thread(local.survey, roots.local, name)):
+            continue
+        try:
+            # two that ship one spool would write the same partial files
+            async with lock.held(roots.local.lock(name), "ship"):
+                sent, waiting = await ship_waiting(roots, name, report)
+        except VmBusy as busy:
+            sent, waiting = [], [NotShipped(f"{name}: {busy}")]
+        delivered += sent
+        failed += waiting
+    return delivered, failed
+
+
+async def ship_waiting(
+    roots: Roots, vm: str, report: Report
+) -> tuple[list[Delivered], list[NotShipped]]:
+    """As `ship_all`, for a *vm* whose lock the caller holds."""
     delivered: list[Delivered] = []
     failed: list[NotShipped] = []
     for facts in await asyncio.to_thread(local.survey, roots.local, vm):
-        if facts.storage is None or facts.spooled is None or facts.problem is not None:
+        if facts.paired is not None and facts.spool:
+            # shipped and noted: a crash came between the note and the end of the spool
+            await asyncio.to_thread(_remove, roots.local.spool(vm, facts.id))
+        elif facts.storage is None or facts.spooled is None or facts.problem is not None:
             continue
-        try:
-            delivered.append(await ship(roots, facts.vm, facts.id, report))
-        except NotShipped as trouble:
-            failed.append(trouble)
+        else:
+            try:
+                delivered.append(await ship(roots, vm, facts.id, report))
+            except NotShipped as trouble:
+                failed.append(trouble)
     return delivered, failed
 
 

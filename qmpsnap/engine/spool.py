@@ -72,9 +72,10 @@ def usage(facts: Survey, local: Path) -> Usage:
 
 
 def identity(facts: Survey) -> Identity:
-    """The VM behind the name: QEMU's UUID, or without one its disks' first files."""
+    """The VM behind the name: QEMU's UUID, or without one the first files of what it writes."""
     uuid = facts.inventory.uuid
-    disks = [site.paths[site.layers] for site in facts.sites if site.disk.chain]
+    own = [site for site in facts.sites if site.disk.chain and not site.disk.read_only]
+    disks = [site.paths[site.layers] for site in own]
     return Identity(
         vm=facts.machine.name,
         uuid=None if uuid in {None, _NO_UUID} else uuid,
