@@ -36,8 +36,11 @@ async def lay(monitor: Monitor, disks: Sequence[PlannedDisk]) -> None:
         async with asyncio.TaskGroup() as group:
             for disk in disks:
                 group.create_task(_make(disk))
-    except* SnapError as several:
-        raise _first(several) from several
+    except BaseExceptionGroup as several:
+        ours, others = several.split(SnapError)
+        if ours is None or others is not None:
+            raise
+        raise _first(ours) from several
     for disk in disks:
         await overlay.add(monitor, disk.overlay)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,29 +110,29 @@ class Bench:
         return ids
 
 
-def options(
-    folder: Path, *, memory: int = 64, guest: Sequence[str] = ()
-) -> tuple[list[str], list[Path]]:
-    """A VM without an operating system: its firmware runs, so STOP and RESUME mean something."""
-    images = [folder / "d0.qcow2", folder / "d1.raw"]
-    line = ["-M", "pc", "-m", str(memory), "-nodefaults", *guest]
-    for image in images:
-        kind = image.suffix[1:]
-        subprocess.run(["qemu-img", "create", "-q", "-f", kind, image, "16M"], check=True)
+def options(folder: Path, *, memory: int = 64, images: bool = True) -> tuple[list[str], list[Path]]:
+    """A VM without an operating system: its firmware runs, so STOP and RESUME mean something.
+
+    *images*: make its disks, which are there already when it is started again.
+    """
+    disks = [folder / "d0.qcow2", folder / "d1.raw"]
+    line = ["-M", "pc", "-m", str(memory), "-nodefaults"]
+    for disk in disks:
+        kind = disk.suffix[1:]
+        if images:
+            subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "16M"], check=True)
         line += [
             "-blockdev",
-            f"driver={kind},node-name={image.stem},file.driver=file,file.filename={image}",
-            *("-device", f"virtio-blk-pci,drive={image.stem},id=v{image.stem}"),
+            f"driver={kind},node-name={disk.stem},file.driver=file,file.filename={disk}",
+            *("-device", f"virtio-blk-pci,drive={disk.stem},id=v{disk.stem}"),
         ]
-    return line, images
+    return line, disks
 
 
 @contextlib.asynccontextmanager
-async def bench(
-    qemu: Path, folder: Path, store: Path, *, memory: int = 64, guest: Sequence[str] = ()
-) -> AsyncIterator[Bench]:
+async def bench(qemu: Path, folder: Path, store: Path) -> AsyncIterator[Bench]:
     """A bench on *qemu*, its roots *folder*/local and *store*."""
-    line, images = options(folder, memory=memory, guest=guest)
+    line, images = options(folder)
     async with running(qemu, *line, directory=folder) as process:
         with wired(folder / "wire", process.qmp) as wire, witness(process.witness) as eye:
             eye.until_running(within=10)

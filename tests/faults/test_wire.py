@@ -66,5 +66,5 @@ async def test_the_guest_runs_on_wherever_the_wire_is_cut(
         while await _cut(it, ram, Fault(at, delivered=delivered)):
             at += 1
         # how often a migration is asked for its state differs: one past the end is found, not known
-        assert it.wire.seen == at - 1
+        assert it.wire.seen < at
         assert at >= len(set(names))

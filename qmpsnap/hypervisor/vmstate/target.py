@@ -16,13 +16,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost
+from qmpsnap.errors import CommandRefused, LocalFailed, MigrationFailed, MonitorLost
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
 
 _DRAIN = Path(__file__).with_name("drain.py")
 _FDNAME = "qmpsnap-out"
 _OPAQUE = "qmpsnap"
+_A_BIT = 1 << 20  # bytes: with less room than that a file system counts as full
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ async def direct(monitor: Monitor, path: Path, *, file_uri: bool) -> AsyncIterat
     We keep a descriptor of our own open to the end: the last close of a freshly written file can
     block QEMU's main loop, and the guest with it, for a second (seen on 7.2, 10.0 and 11.1).
 
-    Raises LocalFailed when the file cannot be made or synced.
+    Raises LocalFailed when the file cannot be made or synced, or has no room.
     """
     fd = _create(path)
     set_id: int | None = None
@@ -53,6 +54,10 @@ async def direct(monitor: Monitor, path: Path, *, file_uri: bool) -> AsyncIterat
             await monitor.execute("getfd", {"fdname": _FDNAME})
             yield Target(f"fd:{_FDNAME}")
         await _in_thread_synced(fd, path)
+    except MigrationFailed as failed:
+        if full := _full(fd):
+            raise LocalFailed(f"{path}: {full}; {failed}") from failed
+        raise
     finally:
         try:
             await finish(_forget(monitor, set_id), within=10)
@@ -112,6 +117,15 @@ def _create(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as failed:
         raise LocalFailed(f"{path}: {failed.strerror}") from failed
+
+
+def _full(fd: int) -> str:
+    """Why the file takes no more, if so: QEMU does not tell that apart from its other troubles."""
+    try:
+        os.posix_fallocate(fd, os.fstat(fd).st_size, _A_BIT)
+    except OSError as full:
+        return os.strerror(full.errno or 0)
+    return ""
 
 
 async def _in_thread_synced(fd: int, path: Path) -> None:
