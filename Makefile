@@ -1,0 +1,3 @@
+.PHONY: check test demo bench
+check test demo bench:
+	scripts/$@
