@@ -41,8 +41,8 @@ class _Wire:
                 return message
         raise ConnectionError("closed")
 
-    def ask(self, command: str) -> dict[str, Any]:
-        self.send({"execute": command})
+    def ask(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.send({"execute": command, "arguments": arguments or {}})
         return self.receive()
 
     def close(self) -> None:
@@ -56,7 +56,9 @@ def _continue(qmp: str, *, cancel: bool) -> bool:
         wire.receive()  # the greeting
         wire.ask("qmp_capabilities")
         migration = wire.ask("query-migrate").get("return", {}).get("status")
-        if cancel or migration == "pre-switchover":
+        if migration == "cancelling":  # it may wait for ever: see migration.WAKE
+            wire.ask("migrate-continue", {"state": "cancelling"})
+        elif cancel or migration == "pre-switchover":
             wire.ask("migrate_cancel")
         status = wire.ask("query-status")["return"]["status"]
         if status in {"paused", "postmigrate", "finish-migrate"}:

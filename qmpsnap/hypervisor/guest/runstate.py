@@ -116,5 +116,6 @@ async def _continue(monitor: Monitor) -> None:
 
 async def _unhold(monitor: Monitor) -> None:
     status: dict[str, Any] = await monitor.execute("query-migrate")
-    if status.get("status") in _HOLDING:
-        await monitor.execute("migrate_cancel")
+    with suppress(CommandRefused):
+        if status.get("status") in _HOLDING:
+            await monitor.execute("migrate_cancel")

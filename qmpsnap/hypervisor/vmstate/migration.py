@@ -16,6 +16,10 @@ from qmpsnap.shield import finish
 
 log = logging.getLogger(__name__)
 UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
+# A cancel that comes just before QEMU reaches `pre-switchover` leaves its migration thread waiting
+# for ever to be continued, and the guest stopped (7.2: migration_maybe_pause). This wakes it; where
+# nobody waits it does nothing.
+WAKE = {"state": "cancelling"}
 _OVER = {"completed", "failed", "cancelled", "none"}
 
 
@@ -145,7 +149,9 @@ async def call_off(monitor: Monitor) -> None:
     """Cancel what is under way and see it end; nothing to do if nothing is."""
     with monitor.listen("MIGRATION") as events:
         while not (now := await query(monitor)).over:
-            if now.status != "cancelling":
-                with suppress(CommandRefused):
+            with suppress(CommandRefused):
+                if now.status != "cancelling":
                     await monitor.execute("migrate_cancel")
+                else:
+                    await monitor.execute("migrate-continue", WAKE)
             await woken(events, within=0.05)
