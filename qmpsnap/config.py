@@ -151,7 +151,7 @@ def _convert(path: Path, table: dict[str, object], kind: type[T], prefix: str) -
 
 def _in_words(told: str, table: dict[str, object], prefix: str) -> str:
     """msgspec's complaint, with the key in front: "Expected `str`, got `int` - at `$.local`"."""
-    what, _, where = told.partition(" - at `$")
+    what, _, where = told.replace(" | null", "").partition(" - at `$")
     key = where.strip("`.")
     if key == "vm[...]":
         vms = table["vm"]

@@ -174,9 +174,13 @@ def _show(out: Output, made: Created) -> None:
 
 
 def _show_plan(out: Output, plan: Plan, wishes: Wishes) -> None:
+    import msgspec
+
+    from qmpsnap.cli.shapes import Planned
+
     shown = plan.shown()
     if out.json:
-        out.record(shown)
+        out.record(msgspec.convert(shown, Planned))
         return
     bound = "none" if plan.max_pause is None else f"{plan.max_pause * 1000:g} ms"
     out.facts([

@@ -24,6 +24,7 @@ async def recover(call: Call, vm: options.OptionalVm = None) -> None:
     A stopped guest is continued, a frozen one thawed, half-made overlays are taken back. Done
     twice, it does nothing.
     """
+    from qmpsnap.cli.shapes import Settled
     from qmpsnap.engine.recover import owes
 
     engine, out = call.engine(), call.out
@@ -32,7 +33,7 @@ async def recover(call: Call, vm: options.OptionalVm = None) -> None:
     settled = [(name, one) for name in names for one in await engine.recover(call.machine(name))]
     for name, one in settled:
         if out.json:
-            out.record({"vm": name, "id": one.id, "did": one.did})
+            out.record(Settled(vm=name, id=one.id, did=[*one.did]))
         else:
             out.line(f"{name} {one.id}: {'; '.join(one.did)}")
     if not settled:

@@ -72,7 +72,7 @@ async def restore(
         bool,
         typer.Option(
             "--no-start",
-            help="Build the images and print the command line, start nothing.",
+            help="Build the images and print the command line. Default: start it.",
             show_default=False,
         ),
     ] = False,
@@ -134,10 +134,14 @@ async def restore(
 
 
 def _show(out: Output, back: Restored) -> None:
+    import msgspec
+
+    from qmpsnap.cli import shapes
+
+    shown = back.shown()
     if out.json:
-        out.record(back.shown())
+        out.record(msgspec.convert(shown, shapes.Restored))
     else:
-        shown = back.shown()
         out.facts([
             ("restored", f"{shown['id']} of {shown['vm']}{', cold' if shown['cold'] else ''}"),
             ("process", shown["pid"]),
@@ -150,16 +154,19 @@ def _show(out: Output, back: Restored) -> None:
 
 
 def _show_command(out: Output, ready: Ready) -> None:
+    from qmpsnap.cli import shapes
+
     if out.json:
-        out.record({
-            "id": ready.pair.id,
-            "vm": ready.pair.vm,
-            "cold": ready.wish.cold,
-            "to": str(ready.wish.to),
-            "qmp": str(ready.qmp),
-            "argv": ready.argv,
-            "moved": ready.relocated.moved,
-            "notices": ready.notices,
-        })  # fmt: skip
+        prepared = shapes.Prepared(
+            id=ready.pair.id,
+            vm=ready.pair.vm,
+            cold=ready.wish.cold,
+            to=str(ready.wish.to),
+            qmp=str(ready.qmp),
+            argv=ready.argv,
+            moved=dict(ready.relocated.moved),
+            notices=ready.notices,
+        )
+        out.record(prepared)
     else:
         out.line(shlex.join(ready.argv))

@@ -117,15 +117,14 @@ def _code(pid: int) -> int:
 
 
 def _show(out: Output, ready: Prepared, process: Launched) -> None:
+    from qmpsnap.cli.shapes import Started
+
     agent = str(ready.agent) if ready.agent else None
     if out.json:
-        out.record({
-            "vm": ready.name,
-            "pid": process.pid,
-            "qmp": str(ready.qmp),
-            "agent": agent,
-            "log": str(process.log),
-        })  # fmt: skip
+        started = Started(
+            vm=ready.name, pid=process.pid, qmp=str(ready.qmp), agent=agent, log=str(process.log)
+        )
+        out.record(started)
         return
     out.facts([
         ("VM", f"{ready.name}, process {process.pid}"),

@@ -21,6 +21,7 @@ read; 5 something still waits; 130, 143.
 async def ship(call: Call, vm: options.OptionalVm = None) -> None:
     """Deliver the store halves that wait in the local spool because the store was not there."""
     from qmpsnap.cli.render import in_bytes
+    from qmpsnap.cli.shapes import Shipped
     from qmpsnap.errors import NotShipped, VmUnknown
 
     engine, out = call.engine(), call.out
@@ -30,7 +31,7 @@ async def ship(call: Call, vm: options.OptionalVm = None) -> None:
     delivered, waiting = await engine.ship(vm)
     for one in delivered:
         if out.json:
-            out.record({"vm": one.vm, "id": one.id, "bytes": one.bytes, "state": "paired"})
+            out.record(Shipped(vm=one.vm, id=one.id, bytes=one.bytes))
         else:
             out.line(f"{one.vm} {one.id}: shipped, {in_bytes(one.bytes)}")
     if not delivered and not waiting:

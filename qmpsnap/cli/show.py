@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from qmpsnap.cli import options
 from qmpsnap.cli.target import Call, snapshot
 from qmpsnap.cli.verb import verb
@@ -21,23 +23,25 @@ Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
 async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
     """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
     from qmpsnap.cli.render import in_bytes, in_ms
+    from qmpsnap.cli.shapes import Shown
 
     call.machine(vm, reach=False)
     pair = await call.engine().show(vm, snapshot(id))
     out, storage, manifest = call.out, pair.storage, pair.manifest
     local = pair.roots.local.snapshot(pair.vm, pair.id)
     store = pair.roots.store.root.snapshot(pair.vm, pair.id)
-    state = "shipping" if pair.spooled else "paired"
+    state: Literal["shipping", "paired"] = "shipping" if pair.spooled else "paired"
     if out.json:
-        out.record({
-            "id": pair.id,
-            "vm": pair.vm,
-            "state": state,
-            "local": str(local),
-            "store": str(store),
-            "storage": storage,
-            "manifest": manifest,
-        })  # fmt: skip
+        shown = Shown(
+            id=pair.id,
+            vm=pair.vm,
+            state=state,
+            local=str(local),
+            store=str(store),
+            storage=storage,
+            manifest=manifest,
+        )
+        out.record(shown)
         return
     ram, trial = manifest.ram, " (for a trial only: not on the network)"
     out.facts([

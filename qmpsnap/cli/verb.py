@@ -25,7 +25,7 @@ def verb(*, sockets: bool = True, roots: bool = True) -> Callable[[Work], Callab
     """
     shared = {
         **(options.SOCKETS if sockets else {}),
-        **(options.ROOTS if roots else options.CONFIG),
+        **(options.ROOTS if roots else options.CONFIG if sockets else {}),
         **options.OUTPUT,
     }
 

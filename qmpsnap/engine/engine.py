@@ -24,6 +24,7 @@ from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import NotShipped
+from qmpsnap.host import lock
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import LocalRoot, StoreRoot
@@ -121,6 +122,8 @@ class Engine:
         return await thaw.thaw(machine)
 
     async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
-        """Settle what a crashed engine still owed this VM. Raises MonitorAbsent, Failed."""
-        async with connect(machine.socket) as monitor:
+        """Settle what a crashed engine still owed this VM. Raises VmBusy, MonitorAbsent, Failed."""
+        # what an engine at work has in its journal is not owed yet
+        held = lock.held(self.roots.local.lock(machine.name), "recover")
+        async with held, connect(machine.socket) as monitor:
             return await recover.recover(self.roots, machine, monitor)

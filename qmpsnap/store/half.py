@@ -76,7 +76,8 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
     """
     found: list[wire.Found] = []
     foreign: list[str] = []
-    names = _entries(root.path) if vm is None else [vm] if os.path.lexists(root.vm(vm)) else []
+    there = _entries(root.path)  # also for one VM: on a store that is not there, nothing is gone
+    names = there if vm is None else [vm] if vm in there else []
     for name in names:
         if not (is_vm_name(name) and _is_folder(root.path / name)):
             foreign.append(name)

@@ -1,0 +1,161 @@
+"""The JSON objects that the command line prints, where the engine has no struct for them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from qmpsnap.engine.create import Created
+from qmpsnap.engine.delete import Deleted
+from qmpsnap.engine.info import Info
+from qmpsnap.engine.verify import Verified
+from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.manifest import Manifest, Storage
+
+
+class PlannedDisk(Struct, frozen=True, kw_only=True):
+    disk: str
+    label: str
+    node: str
+    frozen: str
+    overlay: str
+
+
+class PlannedWithout(Struct, frozen=True, kw_only=True):
+    disk: str
+    reason: str
+
+
+class Command(Struct, frozen=True, kw_only=True):
+    """A QMP command as it would be sent."""
+
+    execute: str
+    arguments: dict[str, Any]
+
+
+class Planned(Struct, frozen=True, kw_only=True):
+    """`create --dry-run`. *ram*: the modes in the order in which they would be tried."""
+
+    id: str
+    vm: str
+    level: str
+    disks: list[PlannedDisk]
+    left_out: list[PlannedWithout]
+    ram: list[str]
+    ram_reason: str
+    quiesce: str
+    quiesce_reason: str
+    max_pause_ms: float | None
+    before: list[Command]
+    at_the_instant: Command
+
+
+class Shown(Struct, frozen=True, kw_only=True):
+    """`show`: both halves' manifests, and where the halves lie."""
+
+    id: str
+    vm: str
+    state: Literal["paired", "shipping"]
+    local: str
+    store: str
+    storage: Storage
+    manifest: Manifest
+
+
+class Shipped(Struct, frozen=True, kw_only=True):
+    """`ship`: one store half that arrived."""
+
+    vm: str
+    id: str
+    bytes: int
+    state: Literal["paired"] = "paired"
+
+
+class Settled(Struct, frozen=True, kw_only=True):
+    """`recover`: one debt that is settled, and what was done for it."""
+
+    vm: str
+    id: str
+    did: list[str]
+
+
+class Thawed(Struct, frozen=True, kw_only=True):
+    """`thaw`: how many file systems were frozen."""
+
+    vm: str
+    thawed: int
+
+
+class Restored(Struct, frozen=True, kw_only=True):
+    """`restore`: the machine that runs. *moved*: files and sockets, old path to new path."""
+
+    id: str
+    vm: str
+    pid: int
+    qmp: str
+    agent: str | None
+    cold: bool
+    to: str
+    moved: dict[str, str]
+    notices: list[str]
+
+
+class Prepared(Struct, frozen=True, kw_only=True):
+    """`restore --no-start`: images are built, *argv* would start the machine."""
+
+    id: str
+    vm: str
+    cold: bool
+    to: str
+    qmp: str
+    argv: list[str]
+    moved: dict[str, str]
+    notices: list[str]
+
+
+class Started(Struct, frozen=True, kw_only=True):
+    """`run --detach`."""
+
+    vm: str
+    pid: int
+    qmp: str
+    agent: str | None
+    log: str
+
+
+class Trouble(Struct, frozen=True, kw_only=True):
+    code: str
+    message: str
+    hint: str
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """The last line of stderr under --json when the exit code is not 0."""
+
+    error: Trouble
+
+
+KINDS: dict[str, type[Struct]] = {
+    "create": Created,
+    "create-dry-run": Planned,
+    "list": Entry,
+    "show": Shown,
+    "info": Info,
+    "verify": Verified,
+    "restore": Restored,
+    "restore-no-start": Prepared,
+    "ship": Shipped,
+    "delete": Deleted,
+    "recover": Settled,
+    "thaw": Thawed,
+    "run": Started,
+    "error": Failure,
+}
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of each object, by the word that its file is named for."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {f"cli-{word}": dialect | msgspec.json.schema(kind) for word, kind in KINDS.items()}
