@@ -11,7 +11,7 @@ from typing import NewType
 NodeName = NewType("NodeName", str)
 """A vertex of QEMU's block graph: at most 31 characters, letter first (or QEMU's `#block123`)."""
 
-_SHAPE = re.compile(r"\d{8}T\d{9}Z")
+_SHAPE = re.compile(r"[0-9]{8}T[0-9]{9}Z")  # not \d: it takes the digits of all scripts
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LABEL_LENGTH = 11
 
