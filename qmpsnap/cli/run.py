@@ -64,12 +64,14 @@ async def run(
     `qmpsnap create NAME` and all other verbs then need no --socket. Options come before the QEMU;
     all behind it is QEMU's.
     """
-    from qmpsnap.errors import Refused
+    from qmpsnap.errors import Refused, UsageError
     from qmpsnap.host import lock
     from qmpsnap.hypervisor.machine import registry
     from qmpsnap.hypervisor.machine.launch import launched
     from qmpsnap.hypervisor.machine.run import prepared
 
+    if argv[0].startswith("-"):
+        raise UsageError(f"no such option: {argv[0]}", hint="see `qmpsnap run --help`")
     chosen = prepared(argv, name=name, directory=Path("/")).name
     folder = registry.folder(chosen)
     async with lock.held(folder / "lock", "run"):

@@ -122,7 +122,8 @@ def program(short: Path, store: Path) -> Program:
 
 def machine(path: Path) -> list[str]:
     """A machine with one disk at *path* and no guest: it runs its firmware."""
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "16M"], check=True)
+    if not path.exists():
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "16M"], check=True)
     return [
         *("-M", "pc", "-m", "32", "-nodefaults", "-accel", "tcg"),
         *blockdev(path, "d0", "qcow2", device="vd0"),
