@@ -60,13 +60,18 @@ async def job(
 ) -> AsyncIterator[Job]:
     """Start *verb* as the job *id* and own it: however the block ends, the job is gone."""
     with monitor.listen("JOB_STATUS_CHANGE") as events:
+        ours = True  # from the moment that it is sent
         try:
-            await monitor.execute(verb, {"job-id": id, "auto-dismiss": False, **arguments})
+            try:
+                await monitor.execute(verb, {"job-id": id, "auto-dismiss": False, **arguments})
+            except CommandRefused:
+                ours = False  # a job of this name is somebody else's
+                raise
             yield Job(id, monitor, events)
         finally:
-            # out of reach: `recover` finds it
-            with suppress(MonitorLost):
-                await finish(settle(monitor, partial(end, id=id)), within=60)
+            if ours:
+                with suppress(MonitorLost):  # out of reach: `recover` finds it
+                    await finish(settle(monitor, partial(end, id=id)), within=60)
 
 
 async def end(monitor: Monitor, id: str) -> None:
