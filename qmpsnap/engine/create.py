@@ -289,7 +289,7 @@ async def _given_up(
         await settle(monitor, undone)
         if not frozen:
             await asyncio.to_thread(debt.entry.close)
-    except SnapError as trouble:
+    except (SnapError, TimeoutError) as trouble:
         log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
 
 
@@ -297,7 +297,7 @@ async def _given_up_later(roots: Roots, machine: Machine, debt: _Debt, id: str) 
     try:
         async with connect(machine.socket) as monitor:
             await _given_up(roots, machine, monitor, debt, id, frozen=False)
-    except SnapError as trouble:
+    except (SnapError, TimeoutError) as trouble:
         log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
 
 

@@ -82,6 +82,15 @@ async def test_a_debt_that_is_renewed_is_not_called_in(machine: Running, short: 
         assert "deadline passed" in log.read_text()
 
 
+async def test_without_a_watchdog_nothing_is_held(machine: Running, short: Path) -> None:
+    with witness(machine.witness) as eye:
+        async with _watched(machine, short / "log") as (_, dog):
+            dog._process.kill()
+            with pytest.raises(Failed, match="the watchdog has ended"):
+                await _failing(dog.owing("cont", within=60), AssertionError("held"))
+        assert eye.status == "running"
+
+
 async def test_a_stopped_block_runs_again_however_it_ends(machine: Running) -> None:
     with witness(machine.witness) as eye:
         async with connect(machine.qmp) as monitor:

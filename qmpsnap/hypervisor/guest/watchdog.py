@@ -13,9 +13,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from qmpsnap.errors import GuestNeedsHelp
+from qmpsnap.errors import Failed, GuestNeedsHelp
 from qmpsnap.shield import finish
 
+_TAKEN_WITHIN = 3.0  # seconds
 _RESCUER = Path(__file__).with_name("rescuer.py")
 
 
@@ -48,11 +49,13 @@ class Watchdog:
         The other end has taken it before the block begins. It pays when the engine dies, or does
         not renew or end the block within *within* seconds. If the guest could not be helped
         (GuestNeedsHelp) the debt stays, and is paid when the engine ends.
+
+        Raises Failed when the other end has gone: without it nothing may be owed.
         """
         debt = Debt(self, frozenset(kinds), within)
         self._debts.append(debt)
-        await self.tell()
         try:
+            await self._begin()
             yield debt
         except GuestNeedsHelp:
             raise
@@ -61,12 +64,19 @@ class Watchdog:
             raise
         await finish(self._paid(debt), within=5)
 
+    async def _begin(self) -> None:
+        if not await self.tell():
+            raise Failed("the watchdog has ended, and without it the guest is not held")
+
     async def _paid(self, debt: Debt) -> None:
         self._debts.remove(debt)
         await self.tell()
 
-    async def tell(self) -> None:
-        """Send the sum of what is owed, and wait until it is taken."""
+    async def tell(self) -> bool:
+        """Send the sum of what is owed; whether it was taken.
+
+        It is not when the other end has fired: it cut our connection then, and the engine sees.
+        """
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -74,10 +84,12 @@ class Watchdog:
         owed = frozenset().union(*(debt.kinds for debt in self._debts))
         message = {"within": left, "owed": sorted(owed)} if owed else {}
         async with self._turn:
-            with contextlib.suppress(ConnectionError):  # it fired: the engine will see
-                process.stdin.write(json.dumps(message).encode() + b"\n")
-                await process.stdin.drain()
-                await process.stdout.readline()
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(_TAKEN_WITHIN):
+                    process.stdin.write(json.dumps(message).encode() + b"\n")
+                    await process.stdin.drain()
+                    return bool(await process.stdout.readline())
+            return False
 
 
 @contextlib.asynccontextmanager
