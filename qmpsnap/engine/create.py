@@ -23,14 +23,17 @@ from qmpsnap.engine.roots import Judged, Roots, judge
 from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
+    GuestLeftStopped,
     GuestStillFrozen,
     LocalFailed,
     MonitorBusy,
     NotShipped,
+    QemuGone,
     SnapError,
     StoreError,
 )
 from qmpsnap.host import lock
+from qmpsnap.host import process as host_process
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.hypervisor.block import transaction
 from qmpsnap.hypervisor.guest.watchdog import watching
@@ -42,6 +45,7 @@ from qmpsnap.store.manifest import Manifest, Storage
 
 log = logging.getLogger(__name__)
 _SEAL_WITHIN = 600.0
+_DYING = 20  # tenths of a second that a killed QEMU may take to be gone
 
 
 class Bytes(msgspec.Struct, frozen=True):
@@ -136,6 +140,8 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 frozen = isinstance(failure, GuestStillFrozen)
                 undone = _given_up(roots, machine, monitor, debt, str(id), frozen=frozen)
                 await finish(undone, within=3600)
+                if isinstance(failure, QemuGone) and debt.phase is Phase.HOLDING:
+                    await _really_gone(facts, failure)
                 raise
         try:
             trial = judged.trial if judged else roots.allow_local_store
@@ -299,6 +305,21 @@ async def _given_up_later(roots: Roots, machine: Machine, debt: _Debt, id: str) 
             await _given_up(roots, machine, monitor, debt, id, frozen=False)
     except (SnapError, TimeoutError) as trouble:
         log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
+
+
+async def _really_gone(facts: survey.Survey, gone: QemuGone) -> None:
+    """Raises GuestLeftStopped when only the socket has gone: nobody can continue the guest."""
+    known = facts.process
+    if known is None:
+        return
+    for _ in range(_DYING):
+        if not await asyncio.to_thread(host_process.still_runs, known):
+            return
+        await asyncio.sleep(0.1)
+    raise GuestLeftStopped(
+        f"QEMU, process {known.pid}, lives, but its monitor has gone: the guest may be stopped",
+        hint="send `cont` over another monitor, then `qmpsnap recover`",
+    ) from gone
 
 
 def _created(

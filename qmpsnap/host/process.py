@@ -119,6 +119,16 @@ def describe(pid: int) -> ProcessFacts:
     )
 
 
+def still_runs(known: ProcessFacts) -> bool:
+    """Whether that very process lives, and is not merely waiting to be reaped."""
+    try:
+        one = psutil.Process(known.pid)
+        zombie = one.status() == psutil.STATUS_ZOMBIE
+        return not zombie and _moment(one.create_time()) == known.started_at
+    except psutil.Error:
+        return False
+
+
 def usage(pid: int) -> ProcessUsage:
     """What the process uses. Raises LocalFailed when it is gone."""
     process = _process(pid)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.engine.wishes import RamChoice
-from qmpsnap.errors import Failed, MonitorBusy, VmBusy
+from qmpsnap.errors import Failed, GuestLeftStopped, MonitorBusy, VmBusy
 from tests.faults import child
 from tests.faults.bench import bench, options, wishes
 from tests.rig.qemu import binary, running
@@ -44,6 +44,19 @@ async def test_a_monitor_that_serves_another_client_is_refused_naming_it(
         assert await it.all_is_well() == set()
         made = await it.engine().create(it.clean, wishes(RamChoice.NONE))  # the control
         assert await it.all_is_well() == {made.id}
+
+
+async def test_a_live_qemu_whose_monitor_has_gone_is_not_called_dead(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        it.wire.arm(Fault("transaction", dead=True))
+        with pytest.raises(GuestLeftStopped, match=str(it.qemu.pid)) as left:
+            await it.engine().create(it.wired, wishes(RamChoice.NONE))
+        assert left.value.exit_code == 6
+        assert it.witness.status == "paused"
+        assert len(await it.engine().recover(it.clean)) == 1
+        assert await it.all_is_well() == set()
 
 
 @pytest.mark.parametrize(
