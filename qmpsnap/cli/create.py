@@ -145,6 +145,7 @@ async def create(
     if dry_run:
         _show_plan(call.out, await engine.plan(machine, wishes), wishes)
         return
+    call.out.expect_progress()
     try:
         _show(call.out, await engine.create(machine, wishes))
     except NotShipped as waiting:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import msgspec
 
 from qmpsnap.cli.bar import Bar
 
+_ENDLESS = 10_000
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -23,7 +23,7 @@ class Output:
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: int = 0) -> None:
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        self._bar = Bar() if sys.stderr.isatty() and not (json or quiet) else None
+        self._bar: Bar | None = None
         self._log = _Log(self)
 
     def __enter__(self) -> Self:
@@ -100,6 +100,11 @@ class Output:
         hint = "" if self.verbose >= 2 else "once more with -vv for the traceback, and tell us"
         self.failed("unexpected", f"unexpected {type(bug).__name__}: {told}", hint)
 
+    def expect_progress(self) -> None:
+        """Make ready to show it, if anybody looks: to be called before a guest has to wait."""
+        if sys.stderr.isatty() and not (self.json or self.quiet):
+            self._bar = Bar()
+
     def progress(self, what: str, done: int, total: int) -> None:
         """What is going on; may be called from any thread."""
         if self._bar is not None:
@@ -139,10 +144,11 @@ class Output:
         self.settle()
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for name in head:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, no_wrap=True)
         for row in rows:
             table.add_row(*map(Text, row))
-        Console(file=sys.stdout, width=shutil.get_terminal_size().columns).print(table)
+        # an ID or a path that is broken in two could not be copied: the terminal wraps lines itself
+        Console(file=sys.stdout, width=_ENDLESS).print(table)
 
 
 class _Log(logging.Handler):

@@ -111,6 +111,7 @@ async def restore(
 
     call.machine(vm, reach=False)
     engine, out = call.engine(), call.out
+    out.expect_progress()
     wish = Restoration(
         to=to.absolute(),
         cold=cold,

@@ -25,6 +25,7 @@ async def ship(call: Call, vm: options.OptionalVm = None) -> None:
     from qmpsnap.errors import NotShipped, VmUnknown
 
     engine, out = call.engine(), call.out
+    out.expect_progress()
     unreached = vm is not None and call.machine(vm, reach=False).qmp is None
     if vm is not None and unreached and not engine.roots.local.vm(vm).is_dir():
         raise VmUnknown(f"nothing is known of a VM {vm!r}")

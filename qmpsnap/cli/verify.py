@@ -23,6 +23,7 @@ async def verify(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
     from qmpsnap.errors import DamagedData
 
     call.machine(vm, reach=False)
+    call.out.expect_progress()
     found = await call.engine().verify(vm, snapshot(id))
     out = call.out
     if out.json:
