@@ -25,10 +25,13 @@ async def fold(
 
     Raises JobFailed, with the disk as it was; CommandRefused.
     """
-    before = _chain_of(await graph.query(monitor), top)
-    if before is None or base not in before:
+    disk = _disk_of(await graph.query(monitor), top)
+    before = [node.name for node in disk.chain] if disk is not None else []
+    if disk is None or base not in before:
         raise JobFailed(f"{base} does not lie under {top}")
-    arguments = {"device": top, "base-node": base}
+    # "Need a root block node": where a filter lies above, that one is it
+    root = disk.filters[0].name if disk.filters else top
+    arguments = {"device": root, "top-node": top, "base-node": base}
     async with (
         asyncio.timeout(within),
         job(monitor, "block-commit", f"{_PREFIX}{top}", arguments) as it,
@@ -36,8 +39,8 @@ async def fold(
         await it.reaches("ready")
         await it.complete()
         await it.reaches("concluded")
-    after = _chain_of(await graph.query(monitor), base)
-    if after is None or after[0] != base:
+    after = _disk_of(await graph.query(monitor), base)
+    if after is None or after.top.name != base:
         raise JobFailed(f"the commit of {top} ended without {base} taking over")
     freed = before[: before.index(base)]
     for node in freed:
@@ -56,9 +59,8 @@ async def broken_off(monitor: Monitor) -> None:
             await end(monitor, one.id)
 
 
-def _chain_of(seen: graph.Graph, node: NodeName) -> list[NodeName] | None:
+def _disk_of(seen: graph.Graph, node: NodeName) -> graph.Disk | None:
     for disk in seen.disks:
-        names = [item.name for item in disk.chain]
-        if node in names:
-            return names
+        if any(item.name == node for item in disk.chain):
+            return disk
     return None
