@@ -37,9 +37,15 @@ async def load(monitor: Monitor, feed: Callable[[int], Awaitable[None]]) -> None
         os.close(reading)
     with monitor.listen("MIGRATION") as events:
         feeding = asyncio.ensure_future(_fed(feed, writing))
+
+        async def fed_so_far(_now: migration.Migration) -> None:
+            # a pipe that ends before its first byte wakes no QEMU: it would wait for ever
+            if feeding.done():
+                feeding.result()
+
         try:
             await monitor.execute("migrate-incoming", {"uri": f"fd:{_FDNAME}"})
-            await migration.reach(monitor, events, "completed", incoming=True)
+            await migration.reach(monitor, events, "completed", each=fed_so_far, incoming=True)
             await feeding
         except BaseException:
             feeding.cancel()
