@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpsnap.engine.machine import Machine
 from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
+from qmpsnap.host import qemu_img
 from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor import schema
 from qmpsnap.hypervisor.block import graph, job
@@ -75,6 +78,7 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     attached, problem = _attached(process)
     block = await graph.query(monitor)
     agent = machine.agent or (attached.agent if attached else None)
+    sites = [_site(disk, block, attached, layers) for disk in block.disks]
     return Survey(
         machine=machine,
         state=await runstate.query(monitor),
@@ -83,7 +87,7 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         process=process,
         attached=attached,
         problem=problem,
-        sites=tuple(_site(disk, block, attached, layers) for disk in block.disks),
+        sites=tuple(await asyncio.gather(*map(_readable_later, sites))),
         jobs=tuple(f"{one.type} {one.id}" for one in await job.at_work(monitor)),
         blocked_reasons=tuple(under_way.blocked_reasons),
         ram_bytes=_ram_bytes(seen),
@@ -142,6 +146,45 @@ def _site(
     if attached is not None:
         origin, options = _on_command_line(disk, origin, attached)
     return Site(disk, paths, ours, origin, options)
+
+
+async def _readable_later(site: Site) -> Site:
+    """*site*, its disk in trouble when its images lead elsewhere than QEMU was told to read.
+
+    A restore finds what lies beneath an image by the image's own header; `backing=` on the command
+    line may have said something else.
+    """
+    if site.disk.read_only or site.disk.trouble:
+        return site
+    for index in range(site.layers, len(site.paths)):
+        if site.disk.chain[index].driver != "qcow2":
+            continue
+        path = site.paths[index]
+        beneath = site.paths[index + 1] if index + 1 < len(site.paths) else ""
+        try:
+            named = (await qemu_img.info(Path(path), "qcow2")).backing or ""
+        except LocalFailed as failed:
+            return replace(site, disk=replace(site.disk, trouble=str(failed)))
+        if not await asyncio.to_thread(_same_file, _plain(named), beneath):
+            trouble = f"{path} names {named or 'no backing file'}, not {beneath or 'none'}"
+            return replace(site, disk=replace(site.disk, trouble=f"{trouble} as QEMU has it"))
+    return site
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other) if one and other else one == other
+
+
+def _plain(name: str) -> str:
+    """The file that a backing string means, also where QEMU spelled it as JSON."""
+    if not name.startswith("json:"):
+        return name.removeprefix("file:")
+    try:
+        tree = json.loads(name.removeprefix("json:"))
+    except ValueError:
+        return name
+    found = tree.get("file.filename") or tree.get("filename") or tree.get("file")
+    return str(found.get("filename", name) if isinstance(found, dict) else found or name)
 
 
 def _absolute(filename: str, cwd: Path) -> str:

@@ -35,6 +35,7 @@ class Node:
     detect_zeroes: str
     cache_direct: bool
     cache_no_flush: bool
+    encrypted: bool = False
     children: tuple[tuple[str, NodeName], ...] = ()
 
     def child(self, role: str) -> NodeName | None:
@@ -61,7 +62,7 @@ class Disk:
     def name(self) -> str:
         """What people call it: the device's id, else the drive's, else the node's name."""
         parts = self.qdev.removesuffix("/virtio-backend").split("/")
-        if "peripheral" in parts:
+        if "peripheral" in parts or len(parts) == 1:  # QEMU gives the bare id where there is one
             return parts[-1]
         return self.device or (self.chain[0].name if self.chain else self.qdev)
 
@@ -154,6 +155,7 @@ def _node(item: dict[str, Any], edges: dict[str, list[tuple[str, NodeName]]]) ->
         detect_zeroes=item.get("detect_zeroes", "off"),
         cache_direct=cache.get("direct", False),
         cache_no_flush=cache.get("no-flush", False),
+        encrypted=image.get("encrypted", False),
         children=tuple(edges.get(name, ())),
     )
 
@@ -199,4 +201,11 @@ def _trouble(chain: list[Node], nodes: dict[str, Node]) -> str:
         if below is None or nodes[below].driver not in PROTOCOLS:
             driver = nodes[below].driver if below else "nothing"
             return f"node {node.name} lies on {driver}: only files and host devices are supported"
+        # what is recorded is a file and its format: a restore would open all of it, without a key
+        if node.driver == "raw" and node.virtual_size != nodes[below].virtual_size:
+            return f"node {node.name} shows only a part of its file"
+        if node.child("data-file") is not None:
+            return f"node {node.name} keeps its data in a file apart, which is not supported"
+        if node.encrypted:
+            return f"node {node.name} is encrypted, which is not supported"
     return ""
