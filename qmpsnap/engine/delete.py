@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -12,11 +14,20 @@ import msgspec
 from qmpsnap.engine import dependents, survey
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.machine import Machine
-from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import LocalFailed, MonitorAbsent, Refused, VmUnknown
+from qmpsnap.engine.roots import Roots, judge
+from qmpsnap.errors import (
+    LocalFailed,
+    MonitorAbsent,
+    MonitorBusy,
+    Refused,
+    StoreError,
+    StoreRefused,
+    VmBusy,
+    VmUnknown,
+)
 from qmpsnap.host import lock
 from qmpsnap.host.journal import Journal
-from qmpsnap.hypervisor.block import fold
+from qmpsnap.hypervisor.block import fold, job
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.store import local
 
@@ -38,7 +49,8 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
     A running VM's overlays go back into the files beneath that no other snapshot keeps. Without
     a VM they stay where they are: its disks are read through them.
 
-    Raises Refused when restored machines stand on the snapshot, StoreError with nothing removed.
+    Raises Refused when restored machines stand on the snapshot, VmBusy and MonitorBusy;
+    StoreRefused and StoreError when the store half cannot be removed: the local half is whole then.
     """
     vm = machine.name
     async with lock.held(roots.local.lock(vm), "delete"):
@@ -49,24 +61,45 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
                 f"{vm} {entry.id}: restored machines stand on it: {folders}",
                 hint="remove them first, or restore with --standalone",
             )
-        journal = Journal(roots.local.journal(vm))
-        debt = await asyncio.to_thread(
-            journal.open_entry, entry.id, {"verb": "delete", "phase": "deleting"}
-        )
-        await removed(roots, vm, entry.id)
-        folded: list[str] = []
-        why = ""
-        try:
-            async with connect(machine.socket) as monitor:
-                folded = await fold_unkept(roots, machine, monitor)
-        except (MonitorAbsent, VmUnknown) as absent:
-            why = f"the VM is not running ({absent}): its overlays stay"
-        await asyncio.to_thread(debt.close)
+        async with _met(machine) as (monitor, why):
+            if monitor is not None and (busy := await job.at_work(monitor)):
+                raise VmBusy(f"QEMU is busy with {', '.join(one.id for one in busy)}")
+            journal = Journal(roots.local.journal(vm))
+            debt = await asyncio.to_thread(
+                journal.open_entry, entry.id, {"verb": "delete", "phase": "deleting"}
+            )
+            try:
+                await removed(roots, vm, entry.id)
+            except (StoreError, StoreRefused):
+                # the local half is whole: a debt would only stand in the way of the next `create`
+                await asyncio.to_thread(debt.close)
+                raise
+            folded = await fold_unkept(roots, machine, monitor) if monitor is not None else []
+            await asyncio.to_thread(debt.close)
         return Deleted(id=entry.id, vm=vm, folded=folded, why=why)
 
 
+@asynccontextmanager
+async def _met(machine: Machine) -> AsyncIterator[tuple[Monitor | None, str]]:
+    """A session with the VM, held before anything goes; or why there is none."""
+    async with AsyncExitStack() as stack:
+        try:
+            met = await stack.enter_async_context(connect(machine.socket))
+        except (MonitorAbsent, VmUnknown) as absent:
+            yield None, f"the VM is not running ({absent}): its overlays stay"
+            return
+        except MonitorBusy as busy:
+            raise await asyncio.to_thread(survey.explain_busy, busy, machine.socket) from busy
+        yield met, ""
+
+
 async def removed(roots: Roots, vm: str, id: str) -> None:
-    """Both halves are gone afterwards; done twice, it does nothing."""
+    """Both halves are gone afterwards; done twice, it does nothing.
+
+    Raises StoreRefused or StoreError, with the local half whole, when the store is not there: on a
+    store that is not mounted there is nothing to remove, and the store half would stay for good.
+    """
+    await judge(roots)
     await roots.store.remove(vm, id)
     await asyncio.to_thread(_removed_local, roots, vm, id)
 

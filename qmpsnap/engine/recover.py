@@ -15,7 +15,7 @@ from qmpsnap.engine import delete, layers
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import LocalFailed, SnapError
+from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host import journal
 from qmpsnap.hypervisor.block import fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
@@ -65,7 +65,12 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         did: list[str] = []
         if record.lines and record.lines[0].get("verb") == "delete":
-            await delete.removed(roots, machine.name, record.id)
+            try:
+                await delete.removed(roots, machine.name, record.id)
+            except (StoreError, StoreRefused) as dead:
+                # the guest is owed nothing here: the next run goes on with it
+                log.warning("%s %s is still to be deleted: %s", machine.name, record.id, dead)
+                continue
             did = [f"folded {path}" for path in await delete.fold_unkept(roots, machine, monitor)]
         elif record.lines:
             owed = msgspec.convert(record.lines[0], Owed)
