@@ -13,7 +13,8 @@ from qmpsnap.engine.listing import find
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, SnapError
 from qmpsnap.host import qemu_img
-from qmpsnap.store import files, image
+from qmpsnap.store import files, image, local
+from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.manifest import Disk
 
 
@@ -44,6 +45,7 @@ async def verify(roots: Roots, vm: str, word: str, report: Report) -> Verified:
         pair = await open_pair(roots, entry)
     except DamagedData as damaged:
         findings.append(Finding(where=entry.id, what=str(damaged)))
+        findings += await _of_the_store(roots, entry)
         return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings)
 
     def tell(done: int, total: int, what: str) -> None:
@@ -62,6 +64,18 @@ async def verify(roots: Roots, vm: str, word: str, report: Report) -> Verified:
     for disk in pair.storage.disks:
         findings += await _chain(disk)
     return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings)
+
+
+async def _of_the_store(roots: Roots, entry: Entry) -> list[Finding]:
+    """What is wrong with the files of a store half that the pair cannot be opened with."""
+    try:
+        paired = await asyncio.to_thread(local.read_paired, roots.local, entry.vm, entry.id)
+    except DamagedData as damaged:
+        return [Finding(where="paired.json", what=str(damaged))]
+    if paired is None:
+        return []
+    problems = await roots.store.verify(entry.vm, entry.id, seal=paired.manifest_blake3)
+    return [Finding(where=problem.file, what=problem.what) for problem in problems]
 
 
 async def _chain(disk: Disk) -> list[Finding]:
