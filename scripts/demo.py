@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,24 +41,41 @@ class Wrong(Exception):
 
 
 class Console:
-    """The guest's serial port: what its witness says, and its shell."""
+    """The guest's serial port: what its witness says, and its shell.
+
+    It is read all the while: a guest that is taken while nobody takes its console's output would
+    wait for that for ever after a restore.
+    """
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(WITHIN)
         self._socket.connect(str(path))
-        self._file = self._socket.makefile("rb")
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with self._socket.makefile("rb") as file, contextlib.suppress(OSError):
+            for line in file:
+                self._lines.put(line.decode(errors="replace"))
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # QEMU may have gone first
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def forget(self) -> None:
+        """What was said until now is of no interest."""
+        while not self._lines.empty():
+            self._lines.get()
+
     def find(self, pattern: str) -> re.Match[str]:
-        """Read on to the first line that *pattern* is found in."""
-        for line in self._file:
-            if found := re.search(pattern, line.decode(errors="replace")):
-                return found
-        raise Wrong("the guest's console was closed")
+        """The first line from here on that *pattern* is found in."""
+        try:
+            while not (found := re.search(pattern, self._lines.get(timeout=WITHIN))):
+                pass
+        except queue.Empty:
+            raise Wrong("the guest's console is silent") from None
+        return found
 
     def counter(self, beyond: int = -1) -> tuple[str, int]:
         """Nonce and counter of the next word of the witness past *beyond*."""
@@ -193,7 +212,8 @@ def show(folder: Path) -> None:
             tell("its RAM and its disks", verdict[0].strip())
             _, going = there.counter(beyond=restored + 20)
             tell("it goes on", going)
-        tell("the first guest meanwhile", here.counter(beyond=after)[1])
+        here.forget()
+        tell("the first guest meanwhile", here.counter()[1])
         if not (before <= disk0[1] and restored >= disk0[1] and disk0[1] - disk1[1] in {0, 1}):
             raise Wrong("the counters are out of order")
         if verdict[1] != "OK" or {found, disk0[0], disk1[0]} != {nonce}:
