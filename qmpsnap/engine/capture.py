@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ Report = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is (bytes)."""
 
 _BESIDE_RAM = 96 << 20  # bytes of a stream that are not RAM pages: devices, video RAM, ROMs
-_FREEZE_WITHIN = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Shot:
                     raise
                 log.info("%s; going on with %s", stuck, further)
                 reason = f"live did not converge: {stuck}"
-                self.raw.unlink(missing_ok=True)
+                await asyncio.to_thread(self.raw.unlink, missing_ok=True)
                 continue
             bound = self.plan.max_pause
             if bound is not None and pause.milliseconds > bound * 1000:
@@ -87,23 +86,19 @@ class Shot:
             await self._run(mode, session, last=last)
             return session.pause, None
         assert self.agent is not None
-        freezer = quiesce.Freezer(self.agent)
-        async with (
-            self.watchdog.owing("thaw", within=_FREEZE_WITHIN + session.deadline),
-            quiesce.thawed_after(freezer),
-        ):
-            if mode is not RamMode.LIVE:
-                await freezer.freeze()
-                await self._run(mode, session, last=last, after=freezer.thaw)
-            else:
-                try:
-                    await self._run(mode, session, last=last, before=freezer.freeze)
-                except live.HeldTooEarly:
-                    # all of its RAM is saved frozen then: longer, but frozen it is
-                    self.raw.unlink(missing_ok=True)
-                    session.pause = Pause()
+        freezer = session.freezer = quiesce.Freezer(self.agent, self.watchdog)
+        async with quiesce.thawed_after(freezer):
+            try:
+                if mode is not RamMode.LIVE:
                     await freezer.freeze()
-                    await self._run(mode, session, last=last)
+                await self._run(mode, session, last=last)
+            except live.HeldTooEarly:
+                # all of its RAM is saved frozen then: longer, but frozen it is
+                await asyncio.to_thread(self.raw.unlink, missing_ok=True)
+                session.pause = Pause()
+                if not freezer.owed:
+                    await freezer.freeze()
+                await self._run(mode, session, last=last)
         if not freezer.state.held:
             raise AgentError(
                 f"frozen were {freezer.state.count} file systems, thawed {freezer.state.thawed}: "
@@ -111,36 +106,18 @@ class Shot:
             )
         return session.pause, freezer.state.milliseconds
 
-    async def _run(
-        self,
-        mode: RamMode,
-        session: Session,
-        *,
-        last: bool,
-        before: Fix | None = None,
-        after: Fix | None = None,
-    ) -> None:
+    async def _run(self, mode: RamMode, session: Session, *, last: bool) -> None:
         if mode is RamMode.NONE:
-            await disks_only(session, self.fix)
-        elif mode is RamMode.BACKGROUND:
+            return await disks_only(session, self.fix)
+        if mode is RamMode.BACKGROUND:
             size = self.plan.ram_bytes + self.plan.ram_bytes // 256 + _BESIDE_RAM
             async with target.drained(self.monitor, self.raw, size=size) as drain:
-                await background(
-                    session,
-                    drain,
-                    self.fix,
-                    failure_safe=self.abilities.background_safe,
-                    then=after,
-                )
-        else:
-            async with self._direct() as file:
-                if mode is RamMode.PAUSED:
-                    await paused(session, file, self.fix)
-                else:
-                    aim = live.Aim(self.plan.pause, self.plan.budget, stretch=last)
-                    await live.live(session, file, self.fix, aim, before_switch=before)
-
-    @asynccontextmanager
-    async def _direct(self) -> AsyncIterator[target.Target]:
-        async with target.direct(self.monitor, self.raw, file_uri=self.abilities.file_uri) as file:
-            yield file
+                safe = self.abilities.background_safe
+                return await background(session, drain, self.fix, failure_safe=safe)
+        uses_uri = self.abilities.file_uri
+        async with target.direct(self.monitor, self.raw, file_uri=uses_uri) as file:
+            if mode is RamMode.PAUSED:
+                await paused(session, file, self.fix)
+            else:
+                aim = live.Aim(self.plan.pause, self.plan.budget, stretch=last)
+                await live.live(session, file, self.fix, aim)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.errors import Failed, GuestLeftStopped
+from qmpsnap.errors import Failed, GuestLeftStopped, MonitorLost, SnapError
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.guest.watchdog import Watchdog, watching
 from qmpsnap.hypervisor.monitor import Monitor, connect
@@ -38,6 +38,12 @@ async def _failing(block: AbstractAsyncContextManager[object], failure: Exceptio
         raise failure
 
 
+async def _settled_and_failing(dog: Watchdog) -> None:
+    async with dog.owing("cont", within=60) as debt:
+        debt.settled = True
+        raise Failed("no")
+
+
 async def test_what_is_paid_is_not_paid_again(machine: Running, short: Path) -> None:
     log = short / "log"
     with witness(machine.witness) as eye:
@@ -45,20 +51,21 @@ async def test_what_is_paid_is_not_paid_again(machine: Running, short: Path) -> 
             async with dog.owing("cont", within=60):
                 await monitor.execute("stop")
             with pytest.raises(Failed):
-                await _failing(dog.owing("cont", within=60), Failed("no"))
+                await _settled_and_failing(dog)
         # whoever stops the guest on purpose finds it stopped: nothing was owed at the end
         assert eye.status == "paused"
         assert log.read_text() == ""
 
 
-async def test_a_guest_that_could_not_be_helped_is_helped_after_the_engine(
-    machine: Running, short: Path
+@pytest.mark.parametrize("failure", [GuestLeftStopped("no"), MonitorLost("no")])
+async def test_what_nobody_saw_paid_is_paid_after_the_engine(
+    machine: Running, short: Path, failure: SnapError
 ) -> None:
     with witness(machine.witness) as eye:
         async with _watched(machine, short / "log") as (monitor, dog):
             await monitor.execute("stop")
-            with pytest.raises(GuestLeftStopped):
-                await _failing(dog.owing("cont", within=60), GuestLeftStopped("no"))
+            with pytest.raises(type(failure)):
+                await _failing(dog.owing("cont", within=60), failure)
             assert eye.status == "paused"
         eye.until_running(within=5)
         assert "engine gone" in (short / "log").read_text()

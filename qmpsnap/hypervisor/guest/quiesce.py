@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.errors import AgentError, Blocked, GuestStillFrozen
 from qmpsnap.hypervisor import agent as door
+from qmpsnap.hypervisor.guest.watchdog import Debt, Watchdog
 from qmpsnap.shield import finish
+
+_LONGEST = 40.0  # seconds that a guest stays frozen before the watchdog thaws it
 
 
 @dataclass(slots=True)
@@ -29,10 +32,17 @@ class Frozen:
 
 
 class Freezer:
-    """Freeze and thaw of one guest; a thaw is owed from the moment that freeze is sent."""
+    """Freeze and thaw of one guest; a thaw is owed from the moment that freeze is sent.
 
-    def __init__(self, path: Path, *, within: float = 10.0) -> None:
-        self._path, self._within = path, within
+    With a *watchdog* that knows of it too: no guest stays frozen longer than _LONGEST seconds.
+    """
+
+    def __init__(
+        self, path: Path, watchdog: Watchdog | None = None, *, within: float = 10.0
+    ) -> None:
+        self._path, self._watchdog, self._within = path, watchdog, within
+        self._debts = AsyncExitStack()
+        self._debt: Debt | None = None
         self.state = Frozen()
         self.owed = False
 
@@ -41,6 +51,9 @@ class Freezer:
         async with door.connect(self._path) as agent:
             if await agent.execute("guest-fsfreeze-status") != "thawed":
                 raise Blocked("the guest is frozen already, by somebody else")
+            if self._watchdog is not None:
+                owing = self._watchdog.owing("thaw", within=_LONGEST)
+                self._debt = await self._debts.enter_async_context(owing)
             self.owed, self.state.since = True, time.monotonic()
             self.state.count = await agent.count("guest-fsfreeze-freeze", within=self._within)
         if self.state.count == 0:
@@ -58,13 +71,18 @@ class Freezer:
                     thawed = await agent.count("guest-fsfreeze-thaw", within=self._within)
                     if self.state.thawed is None:
                         self.state.thawed = thawed
-                    if await agent.execute("guest-fsfreeze-status") == "thawed":
                         self.state.milliseconds = (time.monotonic() - self.state.since) * 1000
-                        self.owed = False
-                        return
+                    if await agent.execute("guest-fsfreeze-status") == "thawed":
+                        return await self._settled()
             except AgentError as failed:
                 trouble = failed
         raise GuestStillFrozen(f"the guest could not be thawed: {trouble}") from trouble
+
+    async def _settled(self) -> None:
+        self.owed = False
+        if self._debt is not None:
+            self._debt.settled = True
+        await self._debts.aclose()
 
 
 @asynccontextmanager

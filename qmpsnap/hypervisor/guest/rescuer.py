@@ -16,9 +16,11 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 _PATIENCE = 600.0  # seconds that it keeps trying once it must pay
+_GONE_PATIENCE = 5.0  # and while nobody listens: QEMU has ended, or a proxy begins again
 _AT_WORK = {"setup", "active", "cancelling", "device", "pre-switchover"}
 
 
@@ -86,28 +88,28 @@ def _thaw(agent: str) -> bool:
 
 
 def _pay(debt: dict[str, Any], qmp: str, agent: str) -> None:
-    owed = [kind for kind in ("cont", "thaw") if kind in debt["owed"]]
+    # a stopped guest's agent is deaf: cont before thaw
+    if "cont" in debt["owed"]:
+        _insist("cont", lambda: _continue(qmp, cancel="cancel" in debt["owed"]))
+    if "thaw" in debt["owed"]:
+        _insist("thaw", lambda: _thaw(agent))
+
+
+def _insist(kind: str, pay: Callable[[], bool]) -> None:
+    """Until it is paid; a socket that nobody listens at is tried for a while only."""
     end = time.monotonic() + _PATIENCE
-    while owed and time.monotonic() < end:
+    gone_at = float("inf")
+    while time.monotonic() < min(end, gone_at):
         try:
-            # a stopped guest's agent is deaf: cont before thaw
-            done = (
-                _continue(qmp, cancel="cancel" in debt["owed"])
-                if owed[0] == "cont"
-                else _thaw(agent)
-            )
-        except FileNotFoundError as gone:
-            _say(f"no VM left: {gone}")
-            return
-        except (OSError, ValueError, KeyError) as trouble:
-            _say(f"{owed[0]}: {trouble!r}; again")
-            if isinstance(trouble, ConnectionRefusedError):
+            if pay():
                 return
-            done = False
-        if done:
-            owed.pop(0)
-        else:
-            time.sleep(0.05)
+        except (FileNotFoundError, ConnectionRefusedError) as gone:
+            _say(f"{kind}: {gone}")
+            gone_at = min(gone_at, time.monotonic() + _GONE_PATIENCE)
+        except (OSError, ValueError, KeyError) as trouble:
+            _say(f"{kind}: {trouble!r}; again")
+            gone_at = float("inf")
+        time.sleep(0.05)
 
 
 def _say(text: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Any
 
 from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, QemuGone, SnapError
+from qmpsnap.hypervisor.guest.watchdog import Debt
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
 
@@ -42,25 +43,34 @@ async def query(monitor: Monitor) -> RunState:
 class Hold:
     """The debt of a stopped guest: `release` pays it, and only then is it paid."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor, self.released = monitor, False
+    def __init__(self, monitor: Monitor, debt: Debt | None) -> None:
+        self.monitor, self._debt, self.released = monitor, debt, False
 
-    async def release(self) -> None:
-        """Let the guest run and see that it does. Raises GuestLeftStopped if it will not."""
-        await let_run(self.monitor)
+    async def release(self, by: Callable[[Monitor], Awaitable[None]] | None = None) -> None:
+        """Let the guest run and see that it does; *by* does so in another way than `cont`.
+
+        Raises GuestLeftStopped if it will not.
+        """
+        await (by or let_run)(self.monitor)
         self.released = True
+        if self._debt is not None:
+            self._debt.settled = True
 
 
 @asynccontextmanager
-async def stopped(monitor: Monitor, *, within: float = 30) -> AsyncIterator[Hold]:
+async def stopped(
+    monitor: Monitor, debt: Debt | None = None, *, within: float = 30
+) -> AsyncIterator[Hold]:
     """The guest is stopped for the block, and runs again however the block ends.
+
+    *debt* is the watchdog's, if it knows, and settled as soon as the guest is seen running.
 
     The body may `release` it early. Raises Blocked when QEMU's state after `stop` is not exactly
     `paused` (an I/O error, a panic: there the RAM must not be saved), GuestLeftStopped when
     within *within* seconds it could not be made to run, over this connection or a new one,
     QemuGone when there is no guest any more.
     """
-    hold = Hold(monitor)
+    hold = Hold(monitor, debt)
     try:
         await monitor.execute("stop")  # from the moment this is sent, a cont is owed
         state = await query(monitor)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from qmpsnap.errors import Failed, GuestNeedsHelp
+from qmpsnap.errors import Failed
 from qmpsnap.shield import finish
 
 _TAKEN_WITHIN = 3.0  # seconds
@@ -21,11 +21,12 @@ _RESCUER = Path(__file__).with_name("rescuer.py")
 
 
 class Debt:
-    """One thing owed, while its block lasts."""
+    """What is owed while a block lasts. *settled* is set by whoever has seen it paid."""
 
     def __init__(self, owner: Watchdog, kinds: frozenset[str], within: float) -> None:
         self._owner, self.kinds, self._within = owner, kinds, within
         self.deadline = time.monotonic() + within
+        self.settled = False
 
     async def renew(self) -> None:
         """Say that the engine is alive: the deadline counts from now on. Cheap; call often."""
@@ -47,26 +48,26 @@ class Watchdog:
         """For the block *kinds* are owed: `cont`, `thaw`, and `cancel` (of a migration of ours).
 
         The other end has taken it before the block begins. It pays when the engine dies, or does
-        not renew or end the block within *within* seconds. If the guest could not be helped
-        (GuestNeedsHelp) the debt stays, and is paid when the engine ends.
+        not renew or end the block within *within* seconds. A block that fails before the debt is
+        *settled* leaves it standing: then it is paid when the engine's watch ends.
 
         Raises Failed when the other end has gone: without it nothing may be owed.
         """
         debt = Debt(self, frozenset(kinds), within)
         self._debts.append(debt)
         try:
-            await self._begin()
+            await self._begin(debt)
             yield debt
-        except GuestNeedsHelp:
-            raise
-        except BaseException:
-            await finish(self._paid(debt), within=5)
-            raise
-        await finish(self._paid(debt), within=5)
+            debt.settled = True
+        finally:
+            if debt.settled:
+                await finish(self._paid(debt), within=5)
 
-    async def _begin(self) -> None:
+    async def _begin(self, debt: Debt) -> None:
+        debt.settled = True  # nothing was done to the guest yet
         if not await self.tell():
             raise Failed("the watchdog has ended, and without it the guest is not held")
+        debt.settled = False
 
     async def _paid(self, debt: Debt) -> None:
         self._debts.remove(debt)

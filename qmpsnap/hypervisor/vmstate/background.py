@@ -13,9 +13,7 @@ from qmpsnap.hypervisor.vmstate.target import Target
 from qmpsnap.shield import finish
 
 
-async def background(
-    session: Session, target: Target, fix: Fix, *, failure_safe: bool, then: Fix | None = None
-) -> None:
+async def background(session: Session, target: Target, fix: Fix, *, failure_safe: bool) -> None:
     """Stop, fix the disks, protect the RAM, continue; each page is saved before it changes.
 
     The guest is continued only once pages are counted, for then the protection is armed: earlier
@@ -23,8 +21,7 @@ async def background(
     a guest that was paused before paused.
 
     *failure_safe*: whether this QEMU survives a cancelled background save; one that does not is
-    let run to its end whatever happens (7.2 would hang the guest for ever). *then* is awaited as
-    soon as the guest runs again, with its RAM still being saved (the thaw).
+    let run to its end whatever happens (7.2 would hang the guest for ever).
     """
     monitor = session.monitor
     async with timed(session), migration.tuned(monitor, {"background-snapshot"}, {}):
@@ -32,8 +29,7 @@ async def background(
             try:
                 if session.running:
                     await _held(session, target, fix)
-                    if then is not None:
-                        await then()
+                    await session.thaw()  # its RAM is still being saved
                 else:
                     await fix()
                     await monitor.execute("migrate", {"uri": target.uri})
@@ -52,17 +48,17 @@ async def background(
 async def _held(session: Session, target: Target, fix: Fix) -> None:
     monitor = session.monitor
     async with (
-        session.watchdog.owing("cont", within=session.deadline),
-        runstate.stopped(monitor) as hold,
-        bounded(session),
+        session.watchdog.owing("cont", within=session.deadline) as owed,
+        runstate.stopped(monitor, owed) as hold,
     ):
-        await fix()
-        await monitor.execute("migrate", {"uri": target.uri})
-        while True:
-            now = await migration.query(monitor)
-            if now.ram.normal + now.ram.duplicate > 0:
-                break
-            now.refuse_over()
+        async with bounded(session):
+            await fix()
+            await monitor.execute("migrate", {"uri": target.uri})
+            while True:
+                now = await migration.query(monitor)
+                if now.ram.normal + now.ram.duplicate > 0:
+                    break
+                now.refuse_over()
         await hold.release()
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from qmpsnap.errors import MigrationFailed
 from qmpsnap.hypervisor.guest import runstate
+from qmpsnap.hypervisor.guest.quiesce import Freezer
 from qmpsnap.hypervisor.guest.watchdog import Debt
 from qmpsnap.hypervisor.monitor import Events
 from qmpsnap.hypervisor.vmstate import migration
@@ -40,17 +44,17 @@ class Aim:
     stretch: bool
 
 
-async def live(
-    session: Session, target: Target, fix: Fix, aim: Aim, *, before_switch: Fix | None = None
-) -> None:
+async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
     """Save the RAM of the running guest; at the switchover it is held and *fix* is called.
 
-    *before_switch* is awaited with the guest running, as near to the hold as can be (the freeze).
-    Raises DoesNotConverge, PauseTooLong, MigrationFailed; the guest runs on then.
+    A guest that shall be frozen and is not yet is frozen as near to the hold as can be. Raises
+    HeldTooEarly when that came too late, DoesNotConverge, PauseTooLong, MigrationFailed; the
+    guest runs on then.
     """
     monitor = session.monitor
+    freezer = session.freezer if session.freezer and not session.freezer.owed else None
     start: dict[str, object] = {"downtime-limit": round(aim.pause * 1000)}
-    if before_switch is not None:
+    if freezer is not None:
         start = {"downtime-limit": 0, "max-bandwidth": _EARLY}
     async with (
         timed(session),
@@ -62,9 +66,9 @@ async def live(
                 # from here on QEMU may stop the guest at any moment
                 await monitor.execute("migrate", {"uri": target.uri})
                 passes = _Passes(session, events, owed, aim)
-                if before_switch is not None:
+                if freezer is not None:
                     await passes.until_short()
-                    await before_switch()
+                    await passes.until_frozen(freezer)
                     await passes.go_on()
                 await passes.until_held()
                 async with bounded(session):
@@ -72,9 +76,15 @@ async def live(
                     await monitor.execute("migrate-continue", {"state": "pre-switchover"})
                     await migration.reach(monitor, events, "completed")
         except BaseException:
-            await finish(give_back(monitor), within=60)
+            await finish(_settled(owed, give_back(monitor)), within=60)
             raise
-        await finish(runstate.let_run(monitor), within=30)
+        await finish(_settled(owed, runstate.let_run(monitor)), within=30)
+        await session.thaw()
+
+
+async def _settled(owed: Debt, payment: Coroutine[Any, Any, None]) -> None:
+    await payment
+    owed.settled = True
 
 
 class _Passes:
@@ -99,6 +109,23 @@ class _Passes:
                 return await self._tune({"max-bandwidth": _CRAWL})
             await migration.woken(self._events, within=0.02)
         raise HeldTooEarly("the guest was held before it could be frozen")
+
+    async def until_frozen(self, freezer: Freezer) -> None:
+        """Freeze the guest. Raises HeldTooEarly if QEMU holds it before the agent has answered:
+
+        a held guest's agent is deaf, so it is let go, and found frozen then.
+        """
+        freezing = asyncio.ensure_future(freezer.freeze())
+        try:
+            while not freezing.done():
+                if (await self._look()).status == "pre-switchover":
+                    await give_back(self._session.monitor)
+                    await freezing
+                    raise HeldTooEarly("the guest was held while it was being frozen")
+                await asyncio.wait([freezing], timeout=0.02)
+            await freezing
+        finally:
+            freezing.cancel()
 
     async def until_held(self) -> None:
         """Until QEMU holds the guest before the last pass. Raises DoesNotConverge."""

@@ -15,12 +15,13 @@ async def disks_only(session: Session, fix: Fix) -> None:
         return await fix()
     async with (
         timed(session),
-        session.watchdog.owing("cont", within=session.deadline),
-        runstate.stopped(session.monitor) as hold,
-        bounded(session),
+        session.watchdog.owing("cont", within=session.deadline) as owed,
+        runstate.stopped(session.monitor, owed) as hold,
     ):
-        await fix()
+        async with bounded(session):
+            await fix()
         await hold.release()
+        await session.thaw()
 
 
 async def paused(session: Session, target: Target, fix: Fix) -> None:
@@ -30,7 +31,7 @@ async def paused(session: Session, target: Target, fix: Fix) -> None:
         timed(session),
         migration.tuned(monitor, set(), {}),
         session.watchdog.owing("cont", "cancel", within=session.deadline) as owed,
-        runstate.stopped(monitor) as hold,
+        runstate.stopped(monitor, owed) as hold,
     ):
 
         async def each(now: migration.Migration) -> None:
@@ -44,7 +45,7 @@ async def paused(session: Session, target: Target, fix: Fix) -> None:
                     await monitor.execute("migrate", {"uri": target.uri})
                     await migration.reach(monitor, events, "completed", each=each)
         except BaseException:
-            await finish(give_back(monitor), within=60)
-            hold.released = True
+            await finish(hold.release(by=give_back), within=60)
             raise
         await hold.release()
+        await session.thaw()

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from qmpsnap.errors import GuestLeftStopped, PauseTooLong
 from qmpsnap.hypervisor.guest import runstate
+from qmpsnap.hypervisor.guest.quiesce import Freezer
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.hypervisor.vmstate import migration
@@ -47,19 +48,28 @@ class Pause:
 
 @dataclass(slots=True)
 class Session:
-    """*running*: the guest ran before. *max_pause*: seconds, None for no bound."""
+    """*running*: the guest ran before. *max_pause*: seconds, None for no bound.
+
+    *freezer*: the guest shall be frozen at the instant; it is thawed as soon as it runs again.
+    """
 
     monitor: Monitor
     watchdog: Watchdog
     running: bool
     max_pause: float | None
     progress: Progress | None = None
+    freezer: Freezer | None = None
     pause: Pause = field(default_factory=Pause)
 
     @property
     def deadline(self) -> float:
         """Seconds after which the watchdog pays for a held guest."""
         return (self.max_pause or 0.0) + MARGIN
+
+    async def thaw(self) -> None:
+        """Pay the thaw, if one is owed. Raises GuestStillFrozen."""
+        if self.freezer is not None and self.freezer.owed:
+            await self.freezer.thaw()
 
     def show(self, now: migration.Migration) -> None:
         if self.progress is not None and now.ram.total:
