@@ -25,8 +25,7 @@ from qmpsnap.errors import (
     VmBusy,
     VmUnknown,
 )
-from qmpsnap.host import lock
-from qmpsnap.host.journal import Journal
+from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import fold, job
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.store import local
@@ -64,10 +63,7 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
         async with _met(machine) as (monitor, why):
             if monitor is not None and (busy := await job.at_work(monitor)):
                 raise VmBusy(f"QEMU is busy with {', '.join(one.id for one in busy)}")
-            journal = Journal(roots.local.journal(vm))
-            debt = await asyncio.to_thread(
-                journal.open_entry, entry.id, {"verb": "delete", "phase": "deleting"}
-            )
+            debt = await asyncio.to_thread(_owed, roots.local.journal(vm), vm, entry.id)
             try:
                 await removed(roots, vm, entry.id)
             except (StoreError, StoreRefused):
@@ -77,6 +73,19 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
             folded = await fold_unkept(roots, machine, monitor) if monitor is not None else []
             await asyncio.to_thread(debt.close)
         return Deleted(id=entry.id, vm=vm, folded=folded, why=why)
+
+
+def _owed(folder: Path, vm: str, id: str) -> journal.Entry:
+    """The debt of this deletion, also when an earlier run of it died half-way."""
+    for record in journal.pending(folder):
+        if record.id == id:
+            if not record.lines or record.lines[0].get("verb") != "delete":
+                raise Refused(
+                    f"{vm} {id} was cut off while it was taken",
+                    hint=f"`qmpsnap recover {vm}` settles that",
+                )
+            return journal.Journal(folder).reopen(id)
+    return journal.Journal(folder).open_entry(id, {"verb": "delete", "phase": "deleting"})
 
 
 @asynccontextmanager
