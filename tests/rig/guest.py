@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.rig.console import Console
+from qmpsnap import Engine
+from qmpsnap.engine.restore import Restoration, Restored
+from tests.rig.console import Console, Witness
 from tests.rig.qemu import ROOT, Running, running
 
 GUEST = ROOT / "build/guest"
@@ -102,3 +104,33 @@ async def booted(
         await console.until("READY", within=120)
         await console.witness(within=30)
         yield Guest(process, console, dir, dir / "agent.sock", dir / "beat.sock", images)
+
+
+@contextlib.asynccontextmanager
+async def back(
+    engine: Engine, vm: str, wish: Restoration, word: str = "latest"
+) -> AsyncIterator[tuple[Restored, Console]]:
+    """The machine of a snapshot, brought back for the block, and its console."""
+    ready = await engine.prepare_restore(vm, wish, word)
+    async with (
+        engine.restored(ready) as restored,
+        Console.open(wish.to / "console.sock") as console,
+    ):
+        yield restored, console
+
+
+async def agrees(
+    engine: Engine, vm: str, wish: Restoration, before: Witness, word: str = "latest"
+) -> Witness:
+    """Restore, and ask the witness inside: RAM and disks are of one instant, *before* or later."""
+    async with back(engine, vm, wish, word) as (_, console):
+        found = await console.witness(within=60)
+        # it must still hold after the witness has gone its rounds: a lost write shows there
+        await console.run("sleep 0.3", within=30)
+        again = await console.witness(within=60)
+    assert found.ok, f"{vm} {word}: {found}"
+    assert again.ok, f"{vm} {word}: {again}"
+    assert again.ram > found.ram >= before.ram
+    assert again.nonce == before.nonce
+    assert console.alarms == []
+    return found
