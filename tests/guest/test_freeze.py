@@ -24,7 +24,6 @@ async def test_a_frozen_guest_is_thawed_and_so_is_its_restored_twin(
     async with booted(qemu, short) as guest:
         machine = Machine("web", guest.qmp, guest.agent)
         for mode in MODES:
-            print(mode)
             made = await engine.create(
                 machine, Wishes(ram=mode, quiesce=Quiesce.AGENT, max_pause=30)
             )
@@ -38,7 +37,9 @@ async def test_a_frozen_guest_is_thawed_and_so_is_its_restored_twin(
             wish = Restoration(folder, cold=mode is RamChoice.NONE)
             ready = await engine.prepare_restore("web", wish)
             async with engine.restored(ready), Console.open(folder / "console.sock") as console:
-                found = await console.witness(within=120)
+                if wish.cold:
+                    await console.until("READY", within=120)
+                found = await console.witness(within=60)
                 assert found.ok
                 if not wish.cold:
                     assert found.nonce == before.nonce
