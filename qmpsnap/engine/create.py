@@ -131,6 +131,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 spool.identity(facts),
                 rebind=wishes.rebind,
             )
+            await asyncio.to_thread(layers.refuse_existing, made.disks)
             debt = await _journaled(roots, monitor, made, facts)
             folder = roots.local.spool(machine.name, id)
             try:
@@ -165,8 +166,9 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
 
 
 def _next_id(roots: Roots, machine: Machine) -> SnapshotId:
-    there = roots.local.ids(machine.name)
-    return SnapshotId.after(there[-1] if there else None, datetime.now(UTC))
+    """Never one that was given before, also if that snapshot is deleted and the clock jumps."""
+    given = [*roots.local.ids(machine.name), *local.last_id(roots.local, machine.name)]
+    return SnapshotId.after(max(given, default=None), datetime.now(UTC))
 
 
 async def _judged(roots: Roots) -> Judged | None:
@@ -190,7 +192,9 @@ async def _journaled(roots: Roots, monitor: Monitor, made: Plan, facts: survey.S
         laid=layers.remembered(made.disks),
         capabilities={one["capability"]: one["state"] for one in capabilities},
         parameters={name: parameters[name] for name in ("max-bandwidth", "downtime-limit")},
+        uuid=spool.identity(facts).uuid,
     )
+    await asyncio.to_thread(local.give_id, roots.local, made.vm, made.id)
     journal = Journal(roots.local.journal(made.vm))
     entry = await asyncio.to_thread(journal.open_entry, str(made.id), msgspec.to_builtins(owed))
     return _Debt(entry, owed)

@@ -21,7 +21,6 @@ from qmpsnap.errors import (
     MonitorBusy,
     Refused,
     StoreError,
-    StoreRefused,
     VmBusy,
     VmUnknown,
 )
@@ -54,25 +53,30 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
     vm = machine.name
     async with lock.held(roots.local.lock(vm), "delete"):
         entry = await find(roots, vm, word)
-        if standing := await asyncio.to_thread(dependents.standing, roots.local, vm, entry.id):
-            folders = ", ".join(one.folder for one in standing)
-            raise Refused(
-                f"{vm} {entry.id}: restored machines stand on it: {folders}",
-                hint="remove them first, or restore with --standalone",
-            )
+        await asyncio.to_thread(_refuse_standing, roots, vm, entry.id)
         async with _met(machine) as (monitor, why):
             if monitor is not None and (busy := await job.at_work(monitor)):
                 raise VmBusy(f"QEMU is busy with {', '.join(one.id for one in busy)}")
             debt = await asyncio.to_thread(_owed, roots.local.journal(vm), vm, entry.id)
             try:
+                await asyncio.to_thread(_refuse_standing, roots, vm, entry.id)
                 await removed(roots, vm, entry.id)
-            except (StoreError, StoreRefused):
+            except (Refused, StoreError):
                 # the local half is whole: a debt would only stand in the way of the next `create`
                 await asyncio.to_thread(debt.close)
                 raise
             folded = await fold_unkept(roots, machine, monitor) if monitor is not None else []
             await asyncio.to_thread(debt.close)
         return Deleted(id=entry.id, vm=vm, folded=folded, why=why)
+
+
+def _refuse_standing(roots: Roots, vm: str, id: str) -> None:
+    if standing := dependents.standing(roots.local, vm, id):
+        folders = ", ".join(one.folder for one in standing)
+        raise Refused(
+            f"{vm} {id}: restored machines stand on it: {folders}",
+            hint="remove them first, or restore with --standalone",
+        )
 
 
 def _owed(folder: Path, vm: str, id: str) -> journal.Entry:
@@ -130,10 +134,12 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
     layers = roots.local.layers(machine.name)
     facts = await survey.take(monitor, machine, layers)
     kept = await asyncio.to_thread(_kept, roots, machine.name)
+    if kept is None:
+        return []
     gone: list[str] = []
     for site in facts.sites:
         depth = 0
-        while depth < site.layers and site.paths[depth + 1] not in kept:
+        while depth < site.layers and not kept & _called(site.paths[depth + 1]):
             depth += 1
         if depth == 0:
             continue
@@ -145,11 +151,22 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
     return gone
 
 
-def _kept(roots: Roots, vm: str) -> set[str]:
-    return {
-        image.path
-        for facts in local.survey(roots.local, vm)
-        if facts.storage is not None
-        for disk in facts.storage.disks
-        for image in disk.chain
-    }
+def _kept(roots: Roots, vm: str) -> set[str] | None:
+    """What the remaining snapshots keep; None when one of them cannot be read: it may keep all."""
+    kept: set[str] = set()
+    for facts in local.survey(roots.local, vm):
+        if facts.problem is not None:
+            log.warning("%s: nothing is folded, since %s", vm, facts.problem)
+            return None
+        disks = facts.storage.disks if facts.storage is not None else []
+        kept |= {name for disk in disks for image in disk.chain for name in _called(image.path)}
+    return kept
+
+
+def _called(path: str) -> set[str]:
+    """A file by its name and by its inode: a restarted QEMU may spell its path otherwise."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return {path}
+    return {path, f"inode {found.st_dev}:{found.st_ino}"}

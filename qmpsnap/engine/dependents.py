@@ -25,13 +25,22 @@ class Dependent(msgspec.Struct, frozen=True, kw_only=True):
 
 def note(root: LocalRoot, vm: str, id: str, dependent: Dependent) -> None:
     """Write it down before the first image is made. Raises LocalFailed."""
-    name = hashlib.sha256(dependent.folder.encode()).hexdigest()[:16]
-    path = root.snapshot(vm, id) / _FOLDER / f"{name}.json"
+    path = _path(root, vm, id, dependent.folder)
     try:
         path.parent.mkdir(0o700, exist_ok=True)
     except OSError as failed:
         raise LocalFailed(f"{path.parent}: {failed.strerror}") from failed
     files.replace(path, msgspec.json.encode(dependent) + b"\n", side=LocalFailed)
+
+
+def forget(root: LocalRoot, vm: str, id: str, folder: Path) -> None:
+    """The restore into *folder* failed, and its images are gone again."""
+    _path(root, vm, id, str(folder)).unlink(missing_ok=True)
+
+
+def _path(root: LocalRoot, vm: str, id: str, folder: str) -> Path:
+    name = hashlib.sha256(folder.encode()).hexdigest()[:16]
+    return root.snapshot(vm, id) / _FOLDER / f"{name}.json"
 
 
 def standing(root: LocalRoot, vm: str, id: str) -> list[Dependent]:
@@ -49,6 +58,8 @@ def standing(root: LocalRoot, vm: str, id: str) -> list[Dependent]:
         except (msgspec.DecodeError, OSError):
             found.append(Dependent(folder=f"what {path} tells", images=[]))
             continue
-        if any(Path(image).exists() for image in one.images):
+        # an empty folder: its images are being made
+        made = [path for path in map(Path, one.images) if path.exists()]
+        if made or (Path(one.folder).is_dir() and not any(Path(one.folder).iterdir())):
             found.append(one)
     return found

@@ -87,8 +87,8 @@ def _disk(site: survey.Site) -> DiskInfo:
     why = disk.trouble or ("empty drive" if not disk.chain else "")
     why = why or ("read-only" if disk.read_only else "")
     return DiskInfo(
-        name=disk.name,
-        names=sorted(disk.names),
+        name=site.name,
+        names=sorted(site.names),
         node=disk.top.name if disk.chain else None,
         format=disk.top.driver if disk.chain else None,
         virtual_size_bytes=disk.top.virtual_size if disk.chain else None,

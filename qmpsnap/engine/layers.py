@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def remembered(disks: Iterable[PlannedDisk]) -> list[Laid]:
     return [
         Laid(disk.overlay.node, disk.site.disk.top.name, str(disk.overlay.path)) for disk in disks
     ]
+
+
+def refuse_existing(disks: Sequence[PlannedDisk]) -> None:
+    """Raises LocalFailed when an overlay's file is there: it is not ours to undo then."""
+    for disk in disks:
+        if os.path.lexists(disk.overlay.path):
+            raise LocalFailed(f"{disk.overlay.path} exists already")
 
 
 async def lay(monitor: Monitor, disks: Sequence[PlannedDisk]) -> None:

@@ -68,7 +68,7 @@ class Plan:
             "level": self.level.value,
             "disks": [
                 {
-                    "disk": disk.site.disk.name,
+                    "disk": disk.site.name,
                     "label": disk.label,
                     "node": disk.site.disk.top.name,
                     "frozen": disk.site.paths[0],
@@ -98,7 +98,7 @@ def plan(facts: Survey, wishes: Wishes, id: SnapshotId, layers: Path) -> Plan:
     if facts.jobs:
         raise VmBusy(f"QEMU is busy with {', '.join(facts.jobs)}")
     chosen, left_out = _disks(facts, wishes)
-    labels = disk_labels([site.disk.name for site in chosen])
+    labels = disk_labels([site.name for site in chosen])
     disks = tuple(
         PlannedDisk(label, site, _overlay(label, site, id, layers))
         for label, site in zip(labels, chosen, strict=True)
@@ -142,13 +142,13 @@ def _disks(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ..
             size = disk.top.virtual_size if disk.chain and not disk.read_only else None
             left_out.append(
                 LeftOut(
-                    device=disk.name, reason=reason, origin=site.origin, virtual_size_bytes=size
+                    device=site.name, reason=reason, origin=site.origin, virtual_size_bytes=size
                 )
             )
         elif disk.trouble:
-            raise Blocked(f"disk {disk.name}: {disk.trouble}", hint=f"-x {disk.name} leaves it out")
+            raise Blocked(f"disk {site.name}: {disk.trouble}", hint=f"-x {site.name} leaves it out")
         elif not all(site.paths):
-            raise Blocked(f"disk {disk.name}: its file cannot be told")
+            raise Blocked(f"disk {site.name}: its file cannot be told")
         else:
             chosen.append(site)
     return chosen, tuple(left_out)
@@ -160,18 +160,18 @@ def _left_out(site: Site, wishes: Wishes) -> str:
         return "empty drive"
     if disk.read_only:
         return "read-only"
-    if disk.names & set(wishes.exclude):
+    if site.names & set(wishes.exclude):
         return "excluded"
-    if wishes.include and not disk.names & set(wishes.include) and not site.flash:
+    if wishes.include and not site.names & set(wishes.include) and not site.flash:
         return "not included"
     return ""
 
 
 def _check_names(facts: Survey, names: tuple[str, ...]) -> None:
-    known = set().union(*(site.disk.names for site in facts.sites)) if facts.sites else set()
+    known = set().union(*(site.names for site in facts.sites)) if facts.sites else set()
     for name in names:
         if name not in known:
-            there = ", ".join(site.disk.name for site in facts.sites) or "none"
+            there = ", ".join(site.name for site in facts.sites) or "none"
             raise UsageError(f"no disk {name!r}; there are: {there}")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import delete, layers
+from qmpsnap.engine import delete, dependents, layers
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused
+from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRefused
 from qmpsnap.host import journal
 from qmpsnap.hypervisor.block import fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
@@ -36,6 +36,7 @@ class Owed(msgspec.Struct, frozen=True):
     laid: list[layers.Laid]
     capabilities: dict[str, bool]
     parameters: dict[str, Any]
+    uuid: str | None = None
     verb: str = "create"
 
 
@@ -65,6 +66,10 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         did: list[str] = []
         if record.lines and record.lines[0].get("verb") == "delete":
+            if dependents.standing(roots.local, machine.name, record.id):
+                log.warning("%s %s: restored machines stand on it now", machine.name, record.id)
+                entry.close()
+                continue
             try:
                 await delete.removed(roots, machine.name, record.id)
             except (StoreError, StoreRefused) as dead:
@@ -74,6 +79,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             did = [f"folded {path}" for path in await delete.fold_unkept(roots, machine, monitor)]
         elif record.lines:
             owed = msgspec.convert(record.lines[0], Owed)
+            await _refuse_other(monitor, machine, owed)
             phase = Phase(record.lines[-1]["phase"])
             if not _is_sealed(roots, machine, record.id):
                 crashed = phase is Phase.HOLDING
@@ -84,6 +90,16 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
     return settled
+
+
+async def _refuse_other(monitor: Monitor, machine: Machine, owed: Owed) -> None:
+    uuid = (await monitor.execute("query-uuid"))["UUID"]
+    if owed.uuid is not None and uuid != owed.uuid:
+        raise Refused(
+            f"the journal of {machine.name} owes something to the VM {owed.uuid}; "
+            f"at {machine.qmp} there is the VM {uuid}",
+            hint="use the socket of that VM, or another name for this one",
+        )
 
 
 async def undo(
@@ -105,20 +121,34 @@ async def undo(
         return []
     did: list[str] = []
     touched = phase is not Phase.PLANNED
-    if touched:
+    frozen: SnapError | None = None
+    if phase is Phase.HOLDING:  # later the guest runs, and who stops it then means it
         did += await _migration_ended(monitor, owed)
-        if owed.running and await runstate.query(monitor) is not runstate.RunState.RUNNING:
+        if owed.running and await runstate.is_held(monitor):
             await runstate.let_run(monitor)
             did.append("the guest was continued")
         if thaw and owed.agent:
-            did += await _thawed(Path(owed.agent))
-    await migration.set_back(monitor, owed.capabilities, owed.parameters)
+            try:
+                did += await _thawed(Path(owed.agent))
+            except SnapError as failed:
+                frozen = failed
+    await _set_back(monitor, owed)
     await target.forget_all(monitor)
     kept = await layers.take_back(monitor, owed.laid, may_be_live=touched)
     did.append("overlays were taken back")
     did += [f"kept {path}: it may hold writes of the guest" for path in kept]
     await asyncio.to_thread(_remove, roots.local.snapshot(machine.name, id))
+    if frozen is not None:
+        raise frozen  # all else is done: the debt stands until somebody has thawed the guest
     return did
+
+
+async def _set_back(monitor: Monitor, owed: Owed) -> None:
+    # QEMU may be another by now, and know some of them no more
+    there = await monitor.execute("query-migrate-capabilities")
+    known = {one["capability"] for one in there}
+    capabilities = {name: on for name, on in owed.capabilities.items() if name in known}
+    await migration.set_back(monitor, capabilities, owed.parameters)
 
 
 async def _migration_ended(monitor: Monitor, owed: Owed) -> list[str]:
@@ -136,12 +166,8 @@ async def _migration_ended(monitor: Monitor, owed: Owed) -> list[str]:
 
 
 async def _thawed(agent: Path) -> list[str]:
-    try:
-        freezer = quiesce.Freezer(agent)
-        await freezer.thaw()
-    except SnapError as failed:
-        log.warning("%s", failed)
-        return [str(failed)]
+    freezer = quiesce.Freezer(agent)
+    await freezer.thaw()
     return ["the guest was thawed"] if freezer.state.thawed else []
 
 

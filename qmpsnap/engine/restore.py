@@ -21,12 +21,13 @@ from qmpsnap.engine.spool import MACHINE
 from qmpsnap.errors import (
     BaseChanged,
     Blocked,
+    HalfMissing,
     LocalFailed,
     MigrationFailed,
     MonitorLost,
     UsageError,
 )
-from qmpsnap.host import qemu_img
+from qmpsnap.host import journal, qemu_img
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
@@ -120,7 +121,7 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
         ready = _ready(pair, wish, machine)
         await _images(pair, wish, report)
     except BaseException:
-        await finish(asyncio.to_thread(_emptied, wish.to), within=60)
+        await finish(asyncio.to_thread(_unmade, pair, wish.to), within=60)
         raise
     return ready
 
@@ -153,7 +154,7 @@ async def restored(
             yield Restored(ready, machine, process)
     except BaseException:
         if not begun:
-            await finish(asyncio.to_thread(_emptied, ready.wish.to), within=60)
+            await finish(asyncio.to_thread(_unmade, ready.pair, ready.wish.to), within=60)
         raise
 
 
@@ -244,6 +245,11 @@ async def _images(pair: Pair, wish: Restoration, report: Report) -> None:
         images = [str(places[disk.origin]) for disk in pair.storage.disks]
         note = dependents.Dependent(folder=str(wish.to), images=images)
         await asyncio.to_thread(dependents.note, pair.roots.local, pair.vm, pair.id, note)
+        # `delete` writes down what it will do before it looks for dependents, as we do before we
+        # look for it: one of the two sees the other
+        owed = await asyncio.to_thread(journal.pending, pair.roots.local.journal(pair.vm))
+        if any(one.id == pair.id for one in owed):
+            raise HalfMissing(f"{pair.vm} {pair.id} is being deleted")
     for disk in pair.storage.disks:
         top, place = disk.chain[0], places[disk.origin]
         if not wish.standalone:
@@ -271,9 +277,10 @@ def _make_folder(to: Path) -> None:
         raise LocalFailed(f"{to}: {failed.strerror}") from failed
 
 
-def _emptied(to: Path) -> None:
+def _unmade(pair: Pair, to: Path) -> None:
     for path in to.iterdir():
         path.unlink(missing_ok=True)
+    dependents.forget(pair.roots.local, pair.vm, pair.id, to)
 
 
 def _last_line(log: Path) -> str:

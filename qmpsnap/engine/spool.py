@@ -98,7 +98,7 @@ def storage(plan: Plan, captured: Captured) -> Storage:
         disks=[
             Disk(
                 label=disk.label,
-                device=disk.site.disk.name,
+                device=disk.site.name,
                 qdev=disk.site.disk.qdev or None,
                 origin=disk.site.origin,
                 node=disk.site.disk.top.name,

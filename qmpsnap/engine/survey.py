@@ -40,6 +40,17 @@ class Site:
     options: Mapping[str, str]
 
     @property
+    def name(self) -> str:
+        """As `disk.name`, but never the name of an overlay of ours: that changes each time."""
+        named_by_node = self.disk.chain and self.disk.name == self.disk.top.name
+        return self.origin if named_by_node else self.disk.name
+
+    @property
+    def names(self) -> set[str]:
+        """Every word that means this disk."""
+        return self.disk.names | {self.name}
+
+    @property
     def flash(self) -> bool:
         return "flash" in self.disk.qdev.rsplit("/", 1)[-1]
 

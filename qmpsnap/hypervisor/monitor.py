@@ -172,6 +172,11 @@ async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
     client.events.event_filter = lambda _: False
     try:
         await finish(client.connect(sock), within=within)
+    except asyncio.CancelledError:
+        # the session may be complete all the same: QEMU's one place must not stay taken
+        with contextlib.suppress(EOFError, OSError, QMPError):
+            await finish(client.disconnect(), within=5)
+        raise
     except TimeoutError as silent:
         raise MonitorBusy(f"{path}: no greeting within {within:g} s") from silent
     except ConnectError as failed:

@@ -57,6 +57,10 @@ class LocalRoot(_Root):
     def identity(self, vm: str) -> Path:
         return self.vm(vm) / IDENTITY
 
+    def last(self, vm: str) -> Path:
+        """The newest ID that was ever given to a snapshot of *vm*."""
+        return self.vm(vm) / "last"
+
     def layers(self, vm: str) -> Path:
         """The folder of the overlays that take writes: no snapshot's, as they still change."""
         return self.vm(vm) / "layers"

@@ -7,7 +7,15 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.errors import DamagedData, HalfMissing, LocalFailed, ManifestError, SnapError
-from qmpsnap.store.files import digest_bytes, make_folders, publish, read_small, told
+from qmpsnap.ids import SnapshotId, is_snapshot_id
+from qmpsnap.store.files import (
+    digest_bytes,
+    make_folders,
+    publish,
+    read_small,
+    replace,
+    told,
+)
 from qmpsnap.store.layout import MANIFEST, Id, LocalRoot
 from qmpsnap.store.manifest import Manifest, Paired, Storage, decode, encode
 
@@ -76,6 +84,20 @@ def read_paired(root: LocalRoot, vm: str, id: Id) -> Paired | None:
     if paired.id != str(id):
         raise ManifestError(f"{path}: is the note of {paired.id}")
     return paired
+
+
+def give_id(root: LocalRoot, vm: str, id: SnapshotId) -> None:
+    """Remember that *id* was given, whatever becomes of the snapshot. Raises LocalFailed."""
+    path = root.last(vm)
+    make_folders(path.parent, _existing(root), side=LocalFailed)
+    replace(path, f"{id}\n".encode(), side=LocalFailed)
+
+
+def last_id(root: LocalRoot, vm: str) -> list[SnapshotId]:
+    """What `give_id` remembers, if anything. Raises LocalFailed."""
+    content = _read(root.last(vm)) or b""
+    text = content.decode(errors="replace").strip()
+    return [SnapshotId(text)] if is_snapshot_id(text) else []
 
 
 def survey(root: LocalRoot, vm: str | None = None) -> list[LocalFacts]:

@@ -40,6 +40,11 @@ async def query(monitor: Monitor) -> RunState:
     return RunState((await monitor.execute("query-status"))["status"])
 
 
+async def is_held(monitor: Monitor) -> bool:
+    """Whether the guest is in a state that a capture leaves behind, and that `cont` ends."""
+    return await query(monitor) in _CONTINUABLE
+
+
 class Hold:
     """The debt of a stopped guest: `release` pays it, and only then is it paid."""
 
