@@ -13,7 +13,7 @@ from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
     from qmpsnap.cli.render import Output
-    from qmpsnap.engine.create import Created
+    from qmpsnap.engine.created import Created
     from qmpsnap.engine.plan import Plan
     from qmpsnap.engine.wishes import Wishes
 
@@ -126,7 +126,7 @@ async def create(
     The guest stands still for some milliseconds, however large it is. Its disks are frozen on this
     host; its RAM, devices and configuration go to the store. Prints the snapshot's ID.
     """
-    from qmpsnap.engine.create import Created
+    from qmpsnap.engine.created import Created
     from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
     from qmpsnap.errors import NotShipped
 

@@ -48,6 +48,12 @@ class Shot:
     raw: Path
     fix: Fix
     report: Report
+    freezer: quiesce.Freezer | None = None
+
+    @property
+    def still_frozen(self) -> bool:
+        """Whether a thaw is owed and was not paid."""
+        return self.freezer is not None and self.freezer.owed
 
     async def take(self) -> Captured:
         """Try the plan's modes in turn.
@@ -86,7 +92,7 @@ class Shot:
             await self._run(mode, session, last=last)
             return session.pause, None
         assert self.agent is not None
-        freezer = session.freezer = quiesce.Freezer(self.agent, self.watchdog)
+        freezer = session.freezer = self.freezer = quiesce.Freezer(self.agent, self.watchdog)
         async with quiesce.thawed_after(freezer):
             try:
                 if mode is not RamMode.LIVE:

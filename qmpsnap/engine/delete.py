@@ -133,13 +133,13 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
     """
     layers = roots.local.layers(machine.name)
     facts = await survey.take(monitor, machine, layers)
-    kept = await asyncio.to_thread(_kept, roots, machine.name)
-    if kept is None:
+    needed = await asyncio.to_thread(kept, roots, machine.name)
+    if needed is None:
         return []
     gone: list[str] = []
     for site in facts.sites:
         depth = 0
-        while depth < site.layers and not kept & _called(site.paths[depth + 1]):
+        while depth < site.layers and not needed & called(site.paths[depth + 1]):
             depth += 1
         if depth == 0:
             continue
@@ -151,19 +151,19 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
     return gone
 
 
-def _kept(roots: Roots, vm: str) -> set[str] | None:
+def kept(roots: Roots, vm: str) -> set[str] | None:
     """What the remaining snapshots keep; None when one of them cannot be read: it may keep all."""
-    kept: set[str] = set()
+    found: set[str] = set()
     for facts in local.survey(roots.local, vm):
         if facts.problem is not None:
             log.warning("%s: nothing is folded, since %s", vm, facts.problem)
             return None
         disks = facts.storage.disks if facts.storage is not None else []
-        kept |= {name for disk in disks for image in disk.chain for name in _called(image.path)}
-    return kept
+        found |= {name for disk in disks for image in disk.chain for name in called(image.path)}
+    return found
 
 
-def _called(path: str) -> set[str]:
+def called(path: str) -> set[str]:
     """A file by its name and by its inode: a restarted QEMU may spell its path otherwise."""
     try:
         found = Path(path).stat()

@@ -19,6 +19,7 @@ from qmpsnap.engine import (
     verify,
 )
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.created import Created
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
@@ -63,7 +64,7 @@ class Engine:
         """What `create` would do now, nothing done. Raises Refused."""
         return await create.planned(self.roots, machine, wishes or Wishes())
 
-    async def create(self, machine: Machine, wishes: Wishes | None = None) -> create.Created:
+    async def create(self, machine: Machine, wishes: Wishes | None = None) -> Created:
         """Take a paired snapshot of a running VM.
 
         Raises Refused (nothing touched), Failed (the guest is as before, nothing lost),

@@ -35,7 +35,7 @@ def words(verb: str, vm: str = "web") -> list[str]:
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    zip(sorted(ALL_BUT_RUN), itertools.cycle(["../up", "a/b", ID, "x" * 65]), strict=False),
+    list(zip(sorted(ALL_BUT_RUN), itertools.cycle(["../up", "a/b", ID, "x" * 65]), strict=False)),
 )
 async def test_a_name_that_cannot_be(program: Program, verb: str, name: str) -> None:
     roots = program.roots if verb != "thaw" else []

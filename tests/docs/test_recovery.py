@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap import Engine, Machine
-from qmpsnap.engine.create import Created
+from qmpsnap.engine.created import Created
 from qmpsnap.engine.wishes import RamChoice, Wishes
 from tests.rig.console import Console, Witness
 from tests.rig.guest import booted

@@ -1,0 +1,100 @@
+"""What a `create` owes: written into the journal first, struck out when paid or undone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from qmpsnap.engine import layers, recover, spool, survey
+from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.phase import Phase, move
+from qmpsnap.engine.plan import Plan
+from qmpsnap.engine.roots import Roots
+from qmpsnap.errors import GuestLeftStopped, QemuGone, SnapError
+from qmpsnap.host import process as host_process
+from qmpsnap.host.journal import Entry, Journal
+from qmpsnap.hypervisor.monitor import Monitor, connect, settle
+from qmpsnap.store import local
+
+log = logging.getLogger(__name__)
+_DYING = 20  # tenths of a second that a killed QEMU may take to be gone
+
+
+@dataclass(slots=True)
+class Debt:
+    """The journal's entry of this snapshot, and how far it has come.
+
+    *frozen*: the guest was frozen by us, and nobody has seen it thawed.
+    """
+
+    entry: Entry
+    owed: recover.Owed
+    phase: Phase = Phase.PLANNED
+    frozen: bool = False
+
+    async def note(self, phase: Phase) -> None:
+        self.phase = move(self.phase, phase)
+        await asyncio.to_thread(self.entry.note, phase.value)
+
+
+async def journaled(roots: Roots, monitor: Monitor, made: Plan, facts: survey.Survey) -> Debt:
+    """Write down what is about to be changed; from here on `undo` or sealing ends it."""
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    parameters: dict[str, Any] = await monitor.execute("query-migrate-parameters")
+    owed = recover.Owed(
+        phase=Phase.PLANNED.value,
+        running=made.running,
+        agent=str(facts.agent) if facts.agent else None,
+        freeze=made.freeze,
+        failure_safe=facts.abilities.background_safe,
+        laid=layers.remembered(made.disks),
+        capabilities={one["capability"]: one["state"] for one in capabilities},
+        parameters={name: parameters[name] for name in ("max-bandwidth", "downtime-limit")},
+        uuid=spool.identity(facts).uuid,
+    )
+    await asyncio.to_thread(local.give_id, roots.local, made.vm, made.id)
+    journal = Journal(roots.local.journal(made.vm))
+    entry = await asyncio.to_thread(journal.open_entry, str(made.id), msgspec.to_builtins(owed))
+    return Debt(entry, owed)
+
+
+async def given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: Debt, id: str) -> None:
+    """Undo; what cannot be undone now stays in the journal for `recover`."""
+
+    async def undone(current: Monitor) -> None:
+        # a guest that was not frozen by us is not thawed: somebody else may hold it
+        await recover.undo(roots, machine, current, id, debt.owed, debt.phase, thaw=debt.frozen)
+
+    try:
+        await settle(monitor, undone)
+        await asyncio.to_thread(debt.entry.close)
+    except (SnapError, TimeoutError) as trouble:
+        log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
+
+
+async def given_up_later(roots: Roots, machine: Machine, debt: Debt, id: str) -> None:
+    """As `given_up`, once the session with the VM has ended."""
+    try:
+        async with connect(machine.socket) as monitor:
+            await given_up(roots, machine, monitor, debt, id)
+    except (SnapError, TimeoutError) as trouble:
+        log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
+
+
+async def really_gone(facts: survey.Survey, gone: QemuGone) -> None:
+    """Raises GuestLeftStopped when only the socket has gone: nobody can continue the guest."""
+    known = facts.process
+    if known is None:
+        return
+    for _ in range(_DYING):
+        if not await asyncio.to_thread(host_process.still_runs, known):
+            return
+        await asyncio.sleep(0.1)
+    raise GuestLeftStopped(
+        f"QEMU, process {known.pid}, lives, but its monitor has gone: the guest may be stopped",
+        hint="send `cont` over another monitor, then `qmpsnap recover`",
+    ) from gone
