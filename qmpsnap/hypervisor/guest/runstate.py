@@ -34,6 +34,7 @@ class RunState(StrEnum):
 _CONTINUABLE = {RunState.PAUSED, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE}
 # migration states in which QEMU itself lets the guest run once it is told to cancel
 _HOLDING = {"pre-switchover", "device"}
+_LOOK_AGAIN = 0.001  # seconds
 
 
 async def query(monitor: Monitor) -> RunState:
@@ -124,8 +125,9 @@ async def _continue(monitor: Monitor) -> None:
                 return
             if state not in _CONTINUABLE:
                 raise GuestLeftStopped(f"the guest is {state}; {refusal}")
-            with suppress(TimeoutError):  # not every change of state has an event: look again
-                async with asyncio.timeout(0.01):
+            # the guest waits, and not every change of state has an event: look again soon
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN):
                     await events.next()
 
 
