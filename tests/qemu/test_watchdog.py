@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -92,7 +94,7 @@ async def test_a_debt_that_is_renewed_is_not_called_in(machine: Running, short: 
 async def test_without_a_watchdog_nothing_is_held(machine: Running, short: Path) -> None:
     with witness(machine.witness) as eye:
         async with _watched(machine, short / "log") as (_, dog):
-            dog._process.kill()
+            os.kill(dog.pid, signal.SIGKILL)
             with pytest.raises(Failed, match="the watchdog has ended"):
                 await _failing(dog.owing("cont", within=60), AssertionError("held"))
         assert eye.status == "running"

@@ -143,4 +143,7 @@ def _watch(qmp: str, agent: str, connection: int) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)
+    print(os.getpid(), flush=True)
     _watch(sys.argv[1], sys.argv[2], int(sys.argv[3]))

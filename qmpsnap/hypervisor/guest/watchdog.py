@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from qmpsnap.errors import Failed
 from qmpsnap.shield import finish
 
 _TAKEN_WITHIN = 3.0  # seconds
+_ENDED_WITHIN = 2.0
 _RESCUER = Path(__file__).with_name("rescuer.py")
 
 
@@ -38,8 +40,11 @@ class Debt:
 class Watchdog:
     """The engine's end. Nothing is owed until the first `owing`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(
+        self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = pid
+        self._reader, self._writer = reader, writer
         self._debts: list[Debt] = []
         self._turn = asyncio.Lock()
 
@@ -78,18 +83,15 @@ class Watchdog:
 
         It is not when the other end has fired: it cut our connection then, and the engine sees.
         """
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
         left = min((debt.deadline for debt in self._debts), default=0) - time.monotonic()
         owed = frozenset().union(*(debt.kinds for debt in self._debts))
         message = {"within": left, "owed": sorted(owed)} if owed else {}
         async with self._turn:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 async with asyncio.timeout(_TAKEN_WITHIN):
-                    process.stdin.write(json.dumps(message).encode() + b"\n")
-                    await process.stdin.drain()
-                    return bool(await process.stdout.readline())
+                    self._writer.write(json.dumps(message).encode() + b"\n")
+                    await self._writer.drain()
+                    return bool(await self._reader.readline())
             return False
 
 
@@ -101,22 +103,30 @@ async def watching(
 
     What it had to do is appended to *log*.
     """
-    with log.open("ab") as report:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-I", "-S", str(_RESCUER), str(qmp), str(agent or ""), str(connection)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=report,
-            pass_fds=(connection,),
-            start_new_session=True,  # out of the reach of Ctrl-C and of kill -PGID
-        )
+    ours, theirs = socket.socketpair()
     try:
-        yield Watchdog(process)
+        with theirs, log.open("ab") as report:
+            starting = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-I", "-S", str(_RESCUER), str(qmp), str(agent or ""), str(connection)),
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=report,
+                pass_fds=(connection,),
+                start_new_session=True,  # out of the reach of Ctrl-C and of kill -PGID
+            )
+        await starting.wait()  # it goes on as nobody's child: it may have to outlive us
+    except BaseException:
+        ours.close()
+        raise
+    reader, writer = await asyncio.open_connection(sock=ours)
+    try:
+        yield Watchdog(int(await reader.readline() or b"0"), reader, writer)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        waiting = asyncio.ensure_future(process.wait())
-        await asyncio.wait([waiting], timeout=2)
-        if not waiting.done():  # it is paying a debt: let it
-            waiting.cancel()
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            writer.write_eof()
+            # it holds our connection too: QEMU sees that end only when it has ended; one that
+            # is paying a debt is left to it
+            async with asyncio.timeout(_ENDED_WITHIN):
+                await reader.read()
+        writer.close()
