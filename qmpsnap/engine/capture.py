@@ -10,10 +10,10 @@ from pathlib import Path
 
 from qmpsnap.engine.plan import Plan
 from qmpsnap.errors import AgentError, IllegalMove, PauseTooLong
+from qmpsnap.hypervisor.abilities import Abilities
 from qmpsnap.hypervisor.guest import quiesce
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
 from qmpsnap.hypervisor.monitor import Monitor
-from qmpsnap.hypervisor.schema import Abilities
 from qmpsnap.hypervisor.vmstate import live, target
 from qmpsnap.hypervisor.vmstate.background import background
 from qmpsnap.hypervisor.vmstate.paused import disks_only, paused

@@ -14,7 +14,7 @@ from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
 from qmpsnap.host import qemu_img
 from qmpsnap.host.process import ProcessFacts
-from qmpsnap.hypervisor import schema
+from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.block import graph, job
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine import attach, inventory
@@ -62,7 +62,7 @@ class Survey:
 
     machine: Machine
     state: runstate.RunState
-    abilities: schema.Abilities
+    abilities: abilities.Abilities
     inventory: inventory.Inventory
     process: ProcessFacts | None
     attached: attach.Attached | None
@@ -83,7 +83,7 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     under_way = await migration.query(monitor)
     if not under_way.over:
         raise VmBusy(f"a migration is under way ({under_way.status})")
-    abilities = await schema.probe(monitor)
+    able = await abilities.probe(monitor)
     seen = await inventory.take(monitor)
     process = await asyncio.to_thread(_process, machine.socket, seen)
     attached, problem = _attached(process)
@@ -93,7 +93,7 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     return Survey(
         machine=machine,
         state=await runstate.query(monitor),
-        abilities=abilities,
+        abilities=able,
         inventory=seen,
         process=process,
         attached=attached,

@@ -14,11 +14,11 @@ from qmpsnap.engine.plan import MAX_PAUSE, Plan, plan
 from qmpsnap.engine.survey import Site, Survey
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, SnapError, UsageError, VmBusy
+from qmpsnap.hypervisor.abilities import Abilities
 from qmpsnap.hypervisor.block.graph import Disk, Node
 from qmpsnap.hypervisor.guest.runstate import RunState
 from qmpsnap.hypervisor.machine.attach import Attached, facts
 from qmpsnap.hypervisor.machine.inventory import DeviceFacts, Inventory, Version
-from qmpsnap.hypervisor.schema import Abilities
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from qmpsnap.ids import NodeName, SnapshotId
 

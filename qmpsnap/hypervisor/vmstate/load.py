@@ -7,9 +7,9 @@ import os
 from collections.abc import Awaitable, Callable
 
 from qmpsnap.errors import MigrationFailed
+from qmpsnap.hypervisor.abilities import set_capabilities
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.monitor import Monitor
-from qmpsnap.hypervisor.schema import set_capabilities
 from qmpsnap.hypervisor.vmstate import migration
 from qmpsnap.shield import finish
 

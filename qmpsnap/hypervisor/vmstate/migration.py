@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 
 from qmpsnap.errors import CommandRefused, MigrationFailed, SnapError
+from qmpsnap.hypervisor.abilities import set_capabilities
 from qmpsnap.hypervisor.monitor import Events, Monitor, settle
-from qmpsnap.hypervisor.schema import set_capabilities
 from qmpsnap.shield import finish
 
 log = logging.getLogger(__name__)
