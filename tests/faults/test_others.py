@@ -62,7 +62,7 @@ async def test_a_live_qemu_whose_monitor_has_gone_is_not_called_dead(
 @pytest.mark.parametrize(
     ("version", "ram", "at"),
     [
-        ("7.2", RamChoice.NONE, "query-qmp-schema"),
+        ("7.2", RamChoice.NONE, "query-migrate-parameters"),
         ("7.2", RamChoice.PAUSED, "blockdev-add"),
         ("7.2", RamChoice.PAUSED, "stop"),
         ("7.2", RamChoice.PAUSED, "migrate"),
