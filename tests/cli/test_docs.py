@@ -48,11 +48,12 @@ async def test_the_walk(program: Program, qemu72: Path) -> None:
 
 
 def machines(folder: Path) -> list[int]:
-    """The QEMUs that were started on files in *folder*."""
+    """The QEMUs that were started in *folder*, or on files there."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = entry.read_bytes().split(b"\0")
+            words.append(os.fsencode((entry.parent / "cwd").readlink()))
         except OSError:
             continue
         if b"qemu-system" in words[0] and any(os.fsencode(folder) in word for word in words):
