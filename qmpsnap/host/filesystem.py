@@ -133,32 +133,6 @@ def _magic(path: Path) -> int:
     return int(answer[0]) & 0xFFFFFFFF
 
 
-def allocate(path: Path, size: int, *, flags: int = os.O_WRONLY) -> int:
-    """Create *path* (mode 0600) with all of its *size* bytes on disk; the caller closes the fd.
-
-    A disk that is too full says so here, and not when a guest waits for the write.
-
-    Raises LocalFailed, and leaves no file behind.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as failed:
-        raise LocalFailed(f"{path}: {failed.strerror}") from failed
-    try:
-        if size > 0:
-            os.posix_fallocate(descriptor, 0, size)
-        sync_dir(path.parent)
-    except OSError as failed:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        raise LocalFailed(f"{path}: no room for {size} bytes: {failed.strerror}") from failed
-    except BaseException:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        raise
-    return descriptor
-
-
 def sync_dir(path: Path) -> None:
     """Make the names in the folder *path* durable. Raises LocalFailed."""
     try:

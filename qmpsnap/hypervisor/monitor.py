@@ -90,9 +90,7 @@ class Monitor:
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch = asyncio.ensure_future(self._see_it_go())
 
-    async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False
-    ) -> Any:
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run one command and give its `return`.
 
         Cancelling this stops the waiting, not the command: QEMU runs what it has read.
@@ -100,7 +98,7 @@ class Monitor:
         Raises CommandRefused with QEMU's words, or MonitorLost (did it run? look before acting).
         """
         try:
-            return await self._client.execute(command, dict(arguments or {}), oob=oob)
+            return await self._client.execute(command, dict(arguments or {}))
         except ExecuteError as refused:
             raise CommandRefused(command, refused.error_class, str(refused)) from refused
         except (ExecInterruptedError, StateError, OSError) as lost:

@@ -1,6 +1,3 @@
-import os
-import stat
-
 import pytest
 
 from qmpsnap.errors import LocalFailed
@@ -8,7 +5,6 @@ from qmpsnap.host.filesystem import (
     NETWORK_TYPES,
     Mount,
     _parse,
-    allocate,
     deepest,
     examine,
     mount_of,
@@ -67,24 +63,6 @@ def test_figures(tmp_path):
     facts = examine(tmp_path)
     assert 0 < facts.free_bytes <= facts.total_bytes
     assert not facts.read_only
-
-
-def test_room_is_taken_at_once(tmp_path):
-    descriptor = allocate(tmp_path / "spool", 3 << 20)
-    os.close(descriptor)
-    status = (tmp_path / "spool").stat()
-    assert status.st_size == 3 << 20
-    assert status.st_blocks * 512 >= 3 << 20
-    assert stat.S_IMODE(status.st_mode) == 0o600
-    with pytest.raises(LocalFailed, match="exists"):
-        allocate(tmp_path / "spool", 1)
-    assert (tmp_path / "spool").stat().st_size == 3 << 20
-
-
-def test_no_room_leaves_no_file(tmp_path):
-    with pytest.raises(LocalFailed, match="no room"):
-        allocate(tmp_path / "spool", examine(tmp_path).total_bytes * 2)
-    assert not (tmp_path / "spool").exists()
 
 
 def test_sync_of_no_folder(tmp_path):
