@@ -13,6 +13,10 @@ STORAGE = "storage.json"
 MANIFEST = "manifest.json"
 PAIRED = "paired.json"
 IDENTITY = "identity.json"
+KEPT = "kept.json"
+MERGED = "merged.json"
+DIGESTS = "digests.json"
+PROTECTED = "protected"
 PARTIAL = ".partial"
 
 Id = SnapshotId | str
@@ -67,6 +71,22 @@ class LocalRoot(_Root):
 
     def storage(self, vm: str, id: Id) -> Path:
         return self.snapshot(vm, id) / STORAGE
+
+    def point(self, vm: str, name: str) -> Path:
+        """The folder of a point: of a snapshot (`ID`), or of a revision of it (`ID/REVISION`)."""
+        id, _, revision = name.partition("/")
+        if revision and not is_snapshot_id(revision):
+            raise UsageError(f"not a revision: {revision!r}")
+        return self.snapshot(vm, id) / revision
+
+    def image(self, vm: str, point: str, label: str, format: str) -> Path:
+        """The image that *point* has written of the disk *label*."""
+        return self.point(vm, point) / f"{label}.{format}"
+
+    def revisions(self, vm: str, id: Id) -> list[SnapshotId]:
+        """The revisions that have a folder in a snapshot's, oldest first. Raises OSError."""
+        names = _folders(self.snapshot(vm, id))
+        return sorted(SnapshotId(name) for name in names if is_snapshot_id(name))
 
     def paired(self, vm: str, id: Id) -> Path:
         return self.snapshot(vm, id) / PAIRED

@@ -47,11 +47,17 @@ class Image(Struct, frozen=True, kw_only=True):
     header_blake3: Digest
 
 
-class Disk(Struct, frozen=True, kw_only=True):
-    """A disk of the local half.
+Means = Literal["frozen", "reflink", "copy", "convert", "increment"]
 
-    *chain* is what the point in time consists of, frozen, top first; *overlay* is the file that
-    has taken the guest's writes since; *parent* is the snapshot that an increment builds on.
+
+class Disk(Struct, frozen=True, kw_only=True):
+    """A disk of the local half, made as *level* says, for the *reason* given.
+
+    Level `overlay`: *chain* is what the point in time consists of, frozen, top first, and
+    *overlay* is the file that has taken the guest's writes since. The other levels: *chain* is
+    the one image that was written, by *means*, of *bytes_written*; what lies beneath it is that of
+    *parent* (a point: `ID`, or `ID/REVISION`); *bitmap* is the name of the dirty bitmap that
+    records what the guest has changed since.
     """
 
     label: str
@@ -65,6 +71,14 @@ class Disk(Struct, frozen=True, kw_only=True):
     chain: list[Image]
     overlay: str | None
     parent: str | None
+    reason: str = ""
+    bitmap: str | None = None
+    means: Means = "frozen"
+    bytes_written: Size = 0
+
+    def __post_init__(self) -> None:
+        if self.parent is not None:
+            _check_point(self.parent)
 
 
 class LeftOut(Struct, frozen=True, kw_only=True):
@@ -80,7 +94,11 @@ class LeftOut(Struct, frozen=True, kw_only=True):
 
 
 class Storage(Struct, frozen=True, kw_only=True):
-    """`storage.json`: seals the local half. *taken_at* is ISO 8601, UTC, with milliseconds."""
+    """`storage.json`: seals the local half. *taken_at* is ISO 8601, UTC, with milliseconds.
+
+    *revision* is 0 for the storage of the vmstate's instant; a refreshed one is in the folder
+    *revision_id* of the snapshot.
+    """
 
     format: Literal["qmpsnap-storage"] = "qmpsnap-storage"
     version: Version = 1
@@ -92,10 +110,55 @@ class Storage(Struct, frozen=True, kw_only=True):
     level: Level
     disks: list[Disk]
     left_out: list[LeftOut]
+    revision_id: str | None = None
 
     def __post_init__(self) -> None:
         _check_names(self.vm, self.id)
         _check_moment(self.taken_at)
+        if (self.revision == 0) != (self.revision_id is None):
+            raise ValueError("a revision has an ID of its own, and revision 0 has none")
+        if self.revision_id is not None:
+            _check_names(None, self.revision_id)
+
+    @property
+    def point(self) -> str:
+        """What an increment that stands on this names as its parent."""
+        return self.id if self.revision_id is None else f"{self.id}/{self.revision_id}"
+
+
+class Replacement(Struct, frozen=True, kw_only=True):
+    """The image *image* replaces that of the inode *instead_of*; it stands on *parent*."""
+
+    image: Image
+    instead_of: int
+    parent: str | None
+
+
+class Merged(Struct, frozen=True, kw_only=True):
+    """`merged.json`: of a point whose images have taken in what lay beneath them.
+
+    *disks*, by label: the image that takes the old one's place, and the point that it stands on.
+    """
+
+    format: Literal["qmpsnap-merged"] = "qmpsnap-merged"
+    version: Version = 1
+    point: str
+    disks: dict[str, Replacement]
+
+    def __post_init__(self) -> None:
+        _check_point(self.point)
+
+
+class Digests(Struct, frozen=True, kw_only=True):
+    """`digests.json`: the BLAKE3 of each image that a point has written, by its file's name."""
+
+    format: Literal["qmpsnap-digests"] = "qmpsnap-digests"
+    version: Version = 1
+    point: str
+    images: dict[str, Digest]
+
+    def __post_init__(self) -> None:
+        _check_point(self.point)
 
 
 class Identity(Struct, frozen=True, kw_only=True):
@@ -191,11 +254,13 @@ KINDS: Mapping[str, tuple[type[Struct], int]] = {
     "qmpsnap-identity": (Identity, 1),
     "qmpsnap-manifest": (Manifest, 1),
     "qmpsnap-paired": (Paired, 1),
+    "qmpsnap-merged": (Merged, 1),
+    "qmpsnap-digests": (Digests, 1),
 }
 T = TypeVar("T", bound=Struct)
 
 
-def encode(value: Storage | Identity | Manifest | Paired) -> bytes:
+def encode(value: Storage | Identity | Manifest | Paired | Merged | Digests) -> bytes:
     """*value* as a file's content: indented, keys in order, a newline at the end.
 
     Raises ManifestError for a value that `decode` would refuse: it would be found out too late.
@@ -244,6 +309,12 @@ def _check_names(vm: str | None, id: str | None = None) -> None:
         raise ValueError(f"not a name for a VM: {vm!r}")
     if id is not None and not is_snapshot_id(id):
         raise ValueError(f"not a snapshot id: {id!r}")
+
+
+def _check_point(text: str) -> None:
+    parts = text.split("/")
+    if not 1 <= len(parts) <= 2 or not all(map(is_snapshot_id, parts)):
+        raise ValueError(f"not the name of a point: {text!r}")
 
 
 def _check_moment(text: str) -> None:
