@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpsnap.errors import Blocked, CommandRefused
+from qmpsnap.hypervisor.block.bitmap import Bitmap, listed
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.ids import NodeName
 
@@ -37,6 +38,7 @@ class Node:
     cache_no_flush: bool
     encrypted: bool = False
     children: tuple[tuple[str, NodeName], ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
 
     def child(self, role: str) -> NodeName | None:
         return dict(self.children).get(role)
@@ -108,15 +110,15 @@ async def query(monitor: Monitor) -> Graph:
     Edges come from x-debug-query-block-graph (3.0 and later): before 10.1 nothing else tells
     what lies under a filter. Raises Blocked where a QEMU has it no more and no `children` either.
     """
-    listed = await monitor.execute("query-named-block-nodes", {"flat": True})
-    edges = _edges_in(listed) or await _debug_edges(monitor)
-    nodes = {item["node-name"]: _node(item, edges) for item in listed}
+    rows = await monitor.execute("query-named-block-nodes", {"flat": True})
+    edges = _edges_in(rows) or await _debug_edges(monitor)
+    nodes = {item["node-name"]: _node(item, edges) for item in rows}
     disks = [_disk(item, nodes) for item in await monitor.execute("query-block")]
     return Graph(nodes, tuple(disk for disk in disks if disk is not None))
 
 
-def _edges_in(listed: list[dict[str, Any]]) -> dict[str, list[tuple[str, NodeName]]]:
-    if not all("children" in item for item in listed):
+def _edges_in(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, NodeName]]]:
+    if not all("children" in item for item in rows):
         return {}
     return {
         item["node-name"]: [
@@ -124,7 +126,7 @@ def _edges_in(listed: list[dict[str, Any]]) -> dict[str, list[tuple[str, NodeNam
             for child in item["children"]
             if "node-name" in child
         ]
-        for item in listed
+        for item in rows
     }
 
 
@@ -157,6 +159,7 @@ def _node(item: dict[str, Any], edges: dict[str, list[tuple[str, NodeName]]]) ->
         cache_no_flush=cache.get("no-flush", False),
         encrypted=image.get("encrypted", False),
         children=tuple(edges.get(name, ())),
+        bitmaps=listed(item),
     )
 
 
