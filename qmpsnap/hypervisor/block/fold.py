@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
-from qmpsnap.errors import JobFailed
-from qmpsnap.hypervisor.block import graph, overlay
+from qmpsnap.errors import CommandRefused, JobFailed
+from qmpsnap.hypervisor.block import bitmap, graph, overlay, transaction
+from qmpsnap.hypervisor.block.bitmap import Bitmap
 from qmpsnap.hypervisor.block.job import end, job
 from qmpsnap.hypervisor.block.job import query as query_jobs
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.ids import NodeName
 
+log = logging.getLogger(__name__)
 _PREFIX = "fold-"
 
 
@@ -23,30 +26,26 @@ async def fold(
     the while. Decided by the graph, since a cancelled commit also ends as BLOCK_JOB_COMPLETED
     (QEMU 7.2 to 11.1).
 
-    Raises JobFailed, with the disk as it was; CommandRefused.
+    Bitmaps of ours are on *base* afterwards, and say there what they said before together with
+    the layers above them. A layer between that has some is a stop on the way, so that they
+    record what is committed into it; the disk may be left there by a failure. A bitmap that
+    *base* has already records by itself, in its place.
+
+    Raises JobFailed, with the disk as it was, or shorter by the layers above a stop;
+    CommandRefused.
     """
     disk = _disk_of(await graph.query(monitor), top)
     before = [node.name for node in disk.chain] if disk is not None else []
     if disk is None or base not in before:
         raise JobFailed(f"{base} does not lie under {top}")
-    # "Need a root block node": where a filter lies above, that one is it
-    root = disk.filters[0].name if disk.filters else top
-    arguments = {"device": root, "top-node": top, "base-node": base}
-    async with (
-        asyncio.timeout(within),
-        job(monitor, "block-commit", f"{_PREFIX}{top}", arguments) as it,
-    ):
-        await it.reaches("ready")
-        await it.complete()
-        await it.reaches("concluded")
-    after = _disk_of(await graph.query(monitor), base)
-    if after is None or after.top.name != base:
-        raise JobFailed(f"the commit of {top} ended without {base} taking over")
-    freed = before[: before.index(base)]
-    for node in freed:
-        # nodes that a -drive or a backing string opened go by themselves
-        await overlay.drop(monitor, node)
-    return freed
+    depth = before.index(base)
+    _refuse_busy(disk.chain[:depth])
+    stops = [node.name for node in disk.chain[1:depth] if _carried(node)]
+    async with asyncio.timeout(within):
+        for stop in (*stops, base):
+            await _commit(monitor, top, stop)
+            top = stop
+    return before[:depth]
 
 
 async def broken_off(monitor: Monitor) -> None:
@@ -57,6 +56,67 @@ async def broken_off(monitor: Monitor) -> None:
     for one in await query_jobs(monitor):
         if one.id.startswith(_PREFIX):
             await end(monitor, one.id)
+
+
+async def _commit(monitor: Monitor, top: NodeName, base: NodeName) -> None:
+    """One block-commit; of the layers that it frees, only *top* may have bitmaps of ours."""
+    disk = _disk_of(await graph.query(monitor), top)
+    if disk is None or base not in (names := [node.name for node in disk.chain]):
+        raise JobFailed(f"{base} lies no more under {top}")
+    depth = names.index(base)
+    # "Need a root block node": where a filter lies above, that one is it
+    root = disk.filters[0].name if disk.filters else top
+    arguments = {"device": root, "top-node": top, "base-node": base}
+    # a job's name begins with a letter, and has no `#` as QEMU's own node names do
+    name = f"{_PREFIX}{top.removeprefix('#')}"
+    async with job(monitor, "block-commit", name, arguments) as it:
+        await it.reaches("ready")
+        await _carry(monitor, disk.chain[0], disk.chain[depth])
+        await it.complete()
+        await it.reaches("concluded")
+    after = _disk_of(await graph.query(monitor), base)
+    if after is None or after.top.name != base:
+        raise JobFailed(f"the commit of {top} ended without {base} taking over")
+    for node in names[:depth]:
+        # nodes that a -drive or a backing string opened go by themselves
+        await overlay.drop(monitor, node)
+
+
+def _carried(node: graph.Node) -> list[Bitmap]:
+    return [one for one in node.bitmaps if one.ours and one.usable]
+
+
+def _refuse_busy(freed: tuple[graph.Node, ...]) -> None:
+    for node in freed:
+        for one in _carried(node):
+            if one.busy:
+                raise JobFailed(f"bitmap {one.name} on {node.name} is in use: an export or a job")
+
+
+async def _carry(monitor: Monitor, top: graph.Node, base: graph.Node) -> None:
+    """Give *base*, which the ready commit has made writable, the bitmaps of ours on *top*.
+
+    What the guest writes meanwhile cannot slip through: before the merge *top*'s bitmap sees it,
+    and the copy on *base* when the commit brings it down. A commit that is then broken off
+    leaves on *base* a copy that says too much at most: all above it counts as changed anyway.
+
+    What QEMU does not allow is left out: the next increment finds no bitmap, and says so.
+    """
+    there = {one.name: one for one in base.bitmaps}
+    for one in _carried(top):
+        if (old := there.get(one.name)) is not None:
+            if old.usable:
+                continue  # it has recorded the commit
+            await bitmap.remove(monitor, base.name, one.name)
+        ways = (True, False) if base.driver == "qcow2" else (False,)
+        for persistent in ways:
+            add = transaction.AddBitmap(base.name, one.name, persistent, one.granularity)
+            merge = transaction.MergeBitmap(base.name, one.name, top.name)
+            try:
+                await transaction.commit(monitor, [add, merge])
+                break
+            except CommandRefused as refused:
+                log.warning("bitmap %s on %s: %s", one.name, base.name, refused)
 
 
 def _disk_of(seen: graph.Graph, node: NodeName) -> graph.Disk | None:
