@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmpsnap.cli import options
-from qmpsnap.cli.target import Call, choice, duration
+from qmpsnap.cli.target import Call, choice, copying, duration
 from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ async def create(
             "--level",
             "-l",
             metavar="LEVEL",
-            help="How the local half is made: auto, overlay, full, inc or diff. `overlay` freezes "
-            "the disk where it is and puts a new file on top; auto takes what is possible "
-            "(now: overlay).",
+            help="How the local half is made. `full` copies each disk, `inc` what changed since "
+            "the last copy, `diff` what changed since the last full; auto takes an inc where that "
+            "is sound, else a full of the disk concerned. `overlay` copies nothing: it freezes "
+            "the disk where it lies and puts a new file on top, for good.",
         ),
     ] = "auto",
     ram: Annotated[
@@ -97,6 +98,8 @@ async def create(
             show_default=False,
         ),
     ] = None,
+    compress: options.Compress = False,
+    speed_limit: options.SpeedLimit = None,
     note: Annotated[
         str,
         typer.Option(
@@ -123,8 +126,8 @@ async def create(
 ) -> None:
     """Take a paired snapshot of a running VM: disks and RAM of one instant.
 
-    The guest stands still for some milliseconds, however large it is. Its disks are frozen on this
-    host; its RAM, devices and configuration go to the store. Prints the snapshot's ID.
+    The guest stands still for some milliseconds, however large it is. Its disks are copied (or
+    frozen) on this host; its RAM, devices and configuration go to the store. Prints the ID.
     """
     from qmpsnap.engine.created import Created
     from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
@@ -140,6 +143,7 @@ async def create(
         note=note,
         rebind=rebind,
         pause=duration("--pause", pause),
+        copying=copying(compress, speed_limit),
     )
     engine, machine = call.engine(), call.machine(vm)
     if dry_run:
@@ -167,8 +171,9 @@ def _show(out: Output, made: Created) -> None:
         ("level", made.level),
         ("RAM", f"{made.ram} ({made.ram_reason})"),
         ("quiesce", made.quiesce),
-        ("bytes", f"{in_bytes(made.bytes.vmstate)} of vmstate, "
-                  f"{in_bytes(made.bytes.shipped)} shipped"),
+        *[(disk, f"{one.level} ({one.reason})") for disk, one in made.disks.items()],
+        ("bytes", f"{in_bytes(made.bytes.disks)} of disks, {in_bytes(made.bytes.vmstate)} of "
+                  f"vmstate, {in_bytes(made.bytes.shipped)} shipped"),
         ("local", made.local),
         ("store", made.store),
     ])  # fmt: skip
@@ -194,9 +199,14 @@ def _show_plan(out: Output, plan: Plan, wishes: Wishes) -> None:
     ])  # fmt: skip
     out.line()
     out.table(
-        ("DISK", "NODE", "FREEZES", "OVERLAY"),
-        [[one["disk"], one["node"], one["frozen"], one["overlay"]] for one in shown["disks"]],
+        ("DISK", "NODE", "LEVEL", "FREEZES", "OVERLAY"),
+        [
+            [one["disk"], one["node"], one["level"], one["frozen"], one["overlay"]]
+            for one in shown["disks"]
+        ],
     )
+    for one in shown["disks"]:
+        out.line(f"{one['disk']}: {one['level']} ({one['level_reason']})")
     for left in shown["left_out"]:
         out.line(f"left out: {left['disk']} ({left['reason']})")
     out.line()

@@ -123,6 +123,23 @@ Verbose = Annotated[
     ),
 ]
 
+Compress = Annotated[
+    bool,
+    typer.Option(
+        "--compress",
+        help="Compress the copies of disks: smaller, and much slower. Default: as they are.",
+        show_default=False,
+    ),
+]
+SpeedLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Copy disks at no more than this a second, such as 50M. Default: no limit.",
+        show_default=False,
+    ),
+]
+
 ROOTS = {
     "config": (Config, None),
     "local": (Local, None),

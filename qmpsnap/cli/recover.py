@@ -21,8 +21,8 @@ busy; 4 failed, the journal still has it; 6 the guest may need help; 130, 143.
 async def recover(call: Call, vm: options.OptionalVm = None) -> None:
     """Settle what an interrupted qmpsnap still owes a VM; `create` does so too, at its start.
 
-    A stopped guest is continued, a frozen one thawed, half-made overlays are taken back. Done
-    twice, it does nothing.
+    A stopped guest is continued, a frozen one thawed, half-made overlays are taken back, also into
+    the disks of a VM that does not run any more. Done twice, it does nothing.
     """
     from qmpsnap.cli.shapes import Settled
     from qmpsnap.engine.recover import owes
@@ -30,7 +30,11 @@ async def recover(call: Call, vm: options.OptionalVm = None) -> None:
     engine, out = call.engine(), call.out
     roots = engine.roots
     names = [vm] if vm is not None else [one for one in roots.local.vms() if owes(roots, one)]
-    settled = [(name, one) for name in names for one in await engine.recover(call.machine(name))]
+    settled = [
+        (name, one)
+        for name in names
+        for one in await engine.recover(call.machine(name, reach=False))
+    ]
     for name, one in settled:
         if out.json:
             out.record(Settled(vm=name, id=one.id, did=[*one.did]))

@@ -9,7 +9,10 @@ from msgspec import Struct
 
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
+from qmpsnap.engine.export import Exported
 from qmpsnap.engine.info import Info
+from qmpsnap.engine.protect import Protection
+from qmpsnap.engine.prune import Fate
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.manifest import Manifest, Storage
@@ -21,6 +24,10 @@ class PlannedDisk(Struct, frozen=True, kw_only=True):
     node: str
     frozen: str
     overlay: str
+    level: str
+    level_reason: str
+    parent: str | None
+    bitmap: str | None
 
 
 class PlannedWithout(Struct, frozen=True, kw_only=True):
@@ -53,7 +60,7 @@ class Planned(Struct, frozen=True, kw_only=True):
 
 
 class Shown(Struct, frozen=True, kw_only=True):
-    """`show`: both halves' manifests, and where the halves lie."""
+    """`show`: both halves' manifests, and where the halves lie. *revisions*: the refreshed ones."""
 
     id: str
     vm: str
@@ -62,6 +69,7 @@ class Shown(Struct, frozen=True, kw_only=True):
     store: str
     storage: Storage
     manifest: Manifest
+    revisions: list[Storage] = []
 
 
 class Shipped(Struct, frozen=True, kw_only=True):
@@ -146,8 +154,11 @@ KINDS: dict[str, type[Struct]] = {
     "verify": Verified,
     "restore": Restored,
     "restore-no-start": Prepared,
+    "export": Exported,
     "ship": Shipped,
     "delete": Deleted,
+    "prune": Fate,
+    "protect": Protection,
     "recover": Settled,
     "thaw": Thawed,
     "run": Started,

@@ -26,7 +26,9 @@ async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
     from qmpsnap.cli.shapes import Shown
 
     call.machine(vm, reach=False)
-    pair = await call.engine().show(vm, snapshot(id))
+    engine = call.engine()
+    pair = await engine.show(vm, snapshot(id))
+    refreshed = [one for one in await engine.revisions(vm, pair.id) if one.revision]
     out, storage, manifest = call.out, pair.storage, pair.manifest
     local = pair.roots.local.snapshot(pair.vm, pair.id)
     store = pair.roots.store.root.snapshot(pair.vm, pair.id)
@@ -40,6 +42,7 @@ async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
             store=str(store),
             storage=storage,
             manifest=manifest,
+            revisions=refreshed,
         )
         out.record(shown)
         return
@@ -52,7 +55,8 @@ async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
         ("quiesce", manifest.quiesce),
         ("frozen", in_ms(manifest.frozen_ms) if manifest.frozen_ms is not None else None),
         ("RAM", f"{ram.mode} ({ram.reason}), {in_bytes(ram.raw_bytes)}"),
-        ("level", f"{storage.level}, revision {storage.revision}"),
+        ("level", storage.level),
+        ("revisions", f"0 to {refreshed[-1].revision}" if refreshed else None),
         ("QEMU", manifest.qemu_version),
         ("identity", manifest.identity.uuid or ", ".join(manifest.identity.disks)),
         ("host", manifest.host),
@@ -61,19 +65,27 @@ async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
     ])  # fmt: skip
     out.line()
     out.table(
-        ("DISK", "NODE", "ROLE", "SIZE", "FROZEN FILE", "WRITES NOW GO TO"),
+        ("REVISION", "TAKEN", "DISK", "LEVEL", "ROLE", "SIZE", "WRITTEN", "FILE", "STANDS ON"),
         [
             [
+                str(one.revision),
+                one.taken_at,
                 disk.device,
-                disk.node,
+                disk.level,
                 disk.role,
                 in_bytes(disk.virtual_size_bytes),
+                in_bytes(disk.bytes_written),
                 disk.chain[0].path,
-                disk.overlay or "-",
+                disk.parent or "-",
             ]
-            for disk in storage.disks
+            for one in (storage, *refreshed)
+            for disk in one.disks
         ],
     )
+    for one in (storage, *refreshed):
+        for disk in one.disks:
+            told = f"; the guest now writes to {disk.overlay}" if disk.overlay else ""
+            out.line(f"{disk.device}, revision {one.revision}: {disk.reason}{told}")
     for left in storage.left_out:
         out.line(f"left out: {left.device} ({left.reason})")
     out.line()

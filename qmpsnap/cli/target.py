@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpsnap.config import Config
     from qmpsnap.engine.engine import Engine
     from qmpsnap.engine.machine import Machine
+    from qmpsnap.engine.wishes import Copying
     from qmpsnap.hypervisor.machine.registry import Registered
 
 _ID = re.compile(r"\d{1,8}|\d{8}T\d{0,9}|\d{8}T\d{9}Z")
@@ -128,3 +129,19 @@ def duration(option: str, word: str) -> float:
         return config.duration(word)
     except UsageError as odd:
         raise UsageError(f"{option}: {odd}") from odd
+
+
+def copying(compress: bool, speed_limit: str | None) -> Copying:
+    """How disks are copied. Raises UsageError."""
+    from qmpsnap import config
+    from qmpsnap.engine.wishes import Copying
+
+    if speed_limit is None:
+        return Copying(compress)
+    try:
+        limit = config.size(speed_limit)
+    except UsageError as odd:
+        raise UsageError(f"--speed-limit: {odd}") from odd
+    if limit <= 0:
+        raise UsageError("--speed-limit: at least 1 byte a second")
+    return Copying(compress, limit)

@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 
-from qmpsnap.engine import delete, layers, recover, spool, survey
-from qmpsnap.engine.capture import Captured, Report, Shot
+from qmpsnap.engine import copies, delete, layers, recover, spool, survey
+from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.created import Created, created
-from qmpsnap.engine.debt import Debt, given_up, given_up_later, journaled, really_gone
+from qmpsnap.engine.copy import Copied
+from qmpsnap.engine.debt import given_up, given_up_later, journaled, really_gone
+from qmpsnap.engine.identity import identity_of
+from qmpsnap.engine.instant import instant
+from qmpsnap.engine.levels import Chosen, choose
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
-from qmpsnap.engine.plan import Plan, plan
+from qmpsnap.engine.plan import Plan, plan, wanted
 from qmpsnap.engine.roots import Judged, Roots, judge
 from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
-    LocalFailed,
     MonitorBusy,
     NotShipped,
     QemuGone,
     StoreError,
 )
 from qmpsnap.host import lock
-from qmpsnap.hypervisor.block import transaction
-from qmpsnap.hypervisor.guest.watchdog import watching
 from qmpsnap.hypervisor.monitor import Monitor, connect
-from qmpsnap.ids import SnapshotId
+from qmpsnap.ids import SnapshotId, disk_labels
 from qmpsnap.shield import finish
 from qmpsnap.store import identity, local
 from qmpsnap.store.manifest import Manifest, Storage
+from qmpsnap.store.points import Points
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 _SEAL_WITHIN = 600.0
 
 
 @asynccontextmanager
-async def _met(roots: Roots, machine: Machine) -> AsyncIterator[Monitor]:
+async def met(roots: Roots, machine: Machine) -> AsyncIterator[Monitor]:
     """A session with the VM; an earlier crash is settled first."""
     try:
         async with connect(machine.socket) as monitor:
@@ -62,7 +63,27 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
     except MonitorBusy as busy:
         raise await asyncio.to_thread(survey.explain_busy, busy, machine.socket) from busy
-    return plan(facts, wishes, _next_id(roots, machine), roots.local.layers(machine.name))
+    points = await asyncio.to_thread(read_points, roots.local, machine.name)
+    return await _plan(roots, facts, wishes, next_id(roots, machine), points)
+
+
+async def _plan(
+    roots: Roots, facts: survey.Survey, wishes: Wishes, id: SnapshotId, points: Points
+) -> Plan:
+    chosen = await asyncio.to_thread(chosen_levels, facts, wishes, points)
+    return plan(facts, wishes, id, roots.local.layers(facts.machine.name), chosen)
+
+
+def chosen_levels(
+    facts: survey.Survey, wishes: Wishes, points: Points, *, under: str = ""
+) -> dict[str, Chosen]:
+    """The level of each disk that *wishes* take, by label. Raises Blocked, UsageError."""
+    taken, _ = wanted(facts, wishes)
+    labels = disk_labels([site.name for site in taken])
+    return {
+        label: choose(wishes.level, site, label, points, under=under)
+        for label, site in zip(labels, taken, strict=True)
+    }
 
 
 async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report) -> Created:
@@ -73,16 +94,17 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
     """
     async with lock.held(roots.local.lock(machine.name), "create"):
         judged = await _judged(roots)
-        async with _met(roots, machine) as monitor:
+        async with met(roots, machine) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
-            id = _next_id(roots, machine)
-            made = plan(facts, wishes, id, roots.local.layers(machine.name))
+            id = next_id(roots, machine)
+            points = await asyncio.to_thread(read_points, roots.local, machine.name)
+            made = await _plan(roots, facts, wishes, id, points)
             await asyncio.to_thread(_warn_of_restart, roots, facts)
             await asyncio.to_thread(
                 identity.bind,
                 roots.local,
                 machine.name,
-                spool.identity(facts),
+                identity_of(facts),
                 rebind=wishes.rebind,
             )
             await asyncio.to_thread(layers.refuse_existing, made.disks)
@@ -90,7 +112,11 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             folder = roots.local.spool(machine.name, id)
             try:
                 sampled = await asyncio.to_thread(spool.usage, facts, roots.local.path)
-                captured = await _captured(monitor, made, facts, debt, folder, report)
+                captured = await instant(monitor, made, facts, debt, folder, report)
+                home = roots.local.snapshot(machine.name, id)
+                copied = await copies.taken(
+                    monitor, made, debt, home, points, wishes.copying, report
+                )
             except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
                 if isinstance(failure, QemuGone) and debt.phase is Phase.HOLDING:
@@ -99,13 +125,14 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         try:
             trial = judged.trial if judged else roots.allow_local_store
             half, manifest = await _sealed(
-                roots, made, facts, captured, sampled, wishes.note, trial, report
+                roots, made, facts, captured, copied, sampled, wishes.note, trial, report
             )
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
         await debt.note(Phase.SEALED)
         await asyncio.to_thread(debt.entry.close)
+        await copies.sweep_bitmaps(roots, machine, made)
         try:
             delivered = await ship(roots, machine.name, str(id), report)
         except NotShipped as waiting:
@@ -114,10 +141,11 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         _, waiting_still = await ship_waiting(roots, machine.name, report)
         for trouble in waiting_still:
             log.warning("%s", trouble)
+        await copies.digested(roots, half, report)
     return created(roots, half, manifest, shipped=delivered.bytes)
 
 
-def _next_id(roots: Roots, machine: Machine) -> SnapshotId:
+def next_id(roots: Roots, machine: Machine) -> SnapshotId:
     """Never one that was given before, also if that snapshot is deleted and the clock jumps."""
     given = [*roots.local.ids(machine.name), *local.last_id(roots.local, machine.name)]
     return SnapshotId.after(max(given, default=None), datetime.now(UTC))
@@ -132,42 +160,6 @@ async def _judged(roots: Roots) -> Judged | None:
         return None
 
 
-async def _captured(
-    monitor: Monitor, made: Plan, facts: survey.Survey, debt: Debt, folder: Path, report: Report
-) -> Captured:
-    await asyncio.to_thread(_make, folder)
-    watch = watching(
-        facts.machine.socket,
-        facts.agent if made.freeze else None,
-        connection=monitor.fileno(),
-        log=debt.entry.path.parent / "watchdog.log",
-    )
-    async with watch as watchdog:
-        await layers.lay(monitor, made.disks)
-        await asyncio.to_thread(_flush, made)
-        await debt.note(Phase.HOLDING)
-
-        async def fix() -> None:
-            await transaction.commit(monitor, [disk.action for disk in made.disks])
-
-        shot = Shot(
-            plan=made,
-            monitor=monitor,
-            watchdog=watchdog,
-            abilities=facts.abilities,
-            agent=facts.agent,
-            raw=folder / "stream",
-            fix=fix,
-            report=report,
-        )
-        try:
-            captured = await shot.take()
-        finally:
-            debt.frozen = shot.still_frozen
-    await debt.note(Phase.CAPTURED)
-    return captured
-
-
 def _warn_of_restart(roots: Roots, facts: survey.Survey) -> None:
     frozen = delete.kept(roots, facts.machine.name) or set()
     for site in facts.sites:
@@ -180,39 +172,19 @@ def _warn_of_restart(roots: Roots, facts: survey.Survey) -> None:
             )
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(0o700, parents=True)
-    except OSError as failed:
-        raise LocalFailed(f"{folder}: {failed.strerror}") from failed
-
-
-def _flush(made: Plan) -> None:
-    """Write back what the host still caches of the disks: else `stop` would wait for it."""
-    for disk in made.disks:
-        path = disk.site.paths[0]
-        try:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-        except OSError as failed:
-            raise LocalFailed(f"{path}: {failed.strerror}") from failed
-
-
 async def _sealed(
     roots: Roots,
     made: Plan,
     facts: survey.Survey,
     captured: Captured,
+    copied: Mapping[str, Copied],
     sampled: spool.Usage,
     note: str,
     trial: bool,
     report: Report,
 ) -> tuple[Storage, Manifest]:
     folder = roots.local.spool(made.vm, made.id)
-    half = await asyncio.to_thread(spool.storage, made, captured)
+    half = await asyncio.to_thread(spool.storage, made, captured, copied)
     manifest = await spool.build(
         folder,
         made,

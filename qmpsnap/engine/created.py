@@ -18,6 +18,15 @@ class Bytes(msgspec.Struct, frozen=True):
     shipped: int
 
 
+class CopiedDisk(msgspec.Struct, frozen=True):
+    """What one disk became, and why; *bytes* were written for it."""
+
+    level: str
+    reason: str
+    means: str
+    bytes: int
+
+
 class Created(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot as `create --json` tells it. *ram_reason* says why it came to be that mode."""
 
@@ -34,11 +43,15 @@ class Created(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Bytes
     revision: int
     state: str
+    disks: dict[str, CopiedDisk] = {}
 
 
 def created(roots: Roots, half: Storage, manifest: Manifest, *, shipped: int | None) -> Created:
     """Both halves in one; *shipped* is None while the store half waits in the spool."""
-    overlays = sum(Path(disk.overlay).stat().st_size for disk in half.disks if disk.overlay)
+    written = {
+        disk.device: Path(disk.overlay).stat().st_size if disk.overlay else disk.bytes_written
+        for disk in half.disks
+    }
     return Created(
         id=half.id,
         vm=half.vm,
@@ -50,7 +63,13 @@ def created(roots: Roots, half: Storage, manifest: Manifest, *, shipped: int | N
         frozen_ms=manifest.frozen_ms,
         local=str(roots.local.snapshot(half.vm, half.id)),
         store=str(roots.store.root.snapshot(half.vm, half.id)),
-        bytes=Bytes(disks=overlays, vmstate=manifest.ram.raw_bytes, shipped=shipped or 0),
+        bytes=Bytes(
+            disks=sum(written.values()), vmstate=manifest.ram.raw_bytes, shipped=shipped or 0
+        ),
         revision=half.revision,
         state="shipping" if shipped is None else "paired",
+        disks={
+            disk.device: CopiedDisk(disk.level, disk.reason, disk.means, written[disk.device])
+            for disk in half.disks
+        },
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import layers, recover, spool, survey
+from qmpsnap.engine import layers, recover, survey
+from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase, move
 from qmpsnap.engine.plan import Plan
@@ -41,8 +42,13 @@ class Debt:
         await asyncio.to_thread(self.entry.note, phase.value)
 
 
-async def journaled(roots: Roots, monitor: Monitor, made: Plan, facts: survey.Survey) -> Debt:
-    """Write down what is about to be changed; from here on `undo` or sealing ends it."""
+async def journaled(
+    roots: Roots, monitor: Monitor, made: Plan, facts: survey.Survey, *, of: str | None = None
+) -> Debt:
+    """Write down what is about to be changed; from here on `undo` or sealing ends it.
+
+    *of* is the snapshot of which *made* is to be a revision.
+    """
     capabilities = await monitor.execute("query-migrate-capabilities")
     parameters: dict[str, Any] = await monitor.execute("query-migrate-parameters")
     owed = recover.Owed(
@@ -54,7 +60,10 @@ async def journaled(roots: Roots, monitor: Monitor, made: Plan, facts: survey.Su
         laid=layers.remembered(made.disks),
         capabilities={one["capability"]: one["state"] for one in capabilities},
         parameters={name: parameters[name] for name in ("max-bandwidth", "downtime-limit")},
-        uuid=spool.identity(facts).uuid,
+        uuid=identity_of(facts).uuid,
+        verb="refresh" if of else "create",
+        of=of,
+        bitmaps=[disk.bitmap for disk in made.disks if disk.bitmap is not None],
     )
     await asyncio.to_thread(local.give_id, roots.local, made.vm, made.id)
     journal = Journal(roots.local.journal(made.vm))

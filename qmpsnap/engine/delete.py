@@ -28,6 +28,9 @@ from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import fold, job
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.store import local
+from qmpsnap.store.files import sync_folder
+from qmpsnap.store.layout import KEPT, STORAGE
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +57,10 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
     async with lock.held(roots.local.lock(vm), "delete"):
         entry = await find(roots, vm, word)
         await asyncio.to_thread(_refuse_standing, roots, vm, entry.id)
-        async with _met(machine) as (monitor, why):
+        async with met(machine) as (monitor, why):
             if monitor is not None and (busy := await job.at_work(monitor)):
                 raise VmBusy(f"QEMU is busy with {', '.join(one.id for one in busy)}")
-            debt = await asyncio.to_thread(_owed, roots.local.journal(vm), vm, entry.id)
+            debt = await asyncio.to_thread(owed, roots.local.journal(vm), vm, entry.id)
             try:
                 await asyncio.to_thread(_refuse_standing, roots, vm, entry.id)
                 await removed(roots, vm, entry.id)
@@ -79,7 +82,7 @@ def _refuse_standing(roots: Roots, vm: str, id: str) -> None:
         )
 
 
-def _owed(folder: Path, vm: str, id: str) -> journal.Entry:
+def owed(folder: Path, vm: str, id: str) -> journal.Entry:
     """The debt of this deletion, also when an earlier run of it died half-way."""
     for record in journal.pending(folder):
         if record.id == id:
@@ -93,7 +96,7 @@ def _owed(folder: Path, vm: str, id: str) -> journal.Entry:
 
 
 @asynccontextmanager
-async def _met(machine: Machine) -> AsyncIterator[tuple[Monitor | None, str]]:
+async def met(machine: Machine) -> AsyncIterator[tuple[Monitor | None, str]]:
     """A session with the VM, held before anything goes; or why there is none."""
     async with AsyncExitStack() as stack:
         try:
@@ -118,12 +121,46 @@ async def removed(roots: Roots, vm: str, id: str) -> None:
 
 
 def _removed_local(roots: Roots, vm: str, id: str) -> None:
+    folder = roots.local.snapshot(vm, id)
     try:
-        roots.local.storage(vm, id).unlink(missing_ok=True)
-        if (folder := roots.local.snapshot(vm, id)).exists():
-            shutil.rmtree(folder)
+        if folder.exists():
+            leave(folder)
+            for revision in roots.local.revisions(vm, id):
+                leave(folder / str(revision))
+            if not (folder / KEPT).exists():
+                shutil.rmtree(folder)  # it was never sealed
+            sweep(roots, vm)
     except OSError as failed:
         raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed
+
+
+def leave(folder: Path) -> None:
+    """The point in *folder* is no snapshot any more; its images stay until `sweep`. OSError."""
+    if (sealed := folder / STORAGE).exists():
+        sealed.rename(folder / KEPT)
+        sync_folder(folder)
+
+
+def sweep(roots: Roots, vm: str) -> list[str]:
+    """Remove what was deleted and nobody stands on any more; the points that others stand on.
+
+    With a damaged snapshot nothing goes: it may stand on any of them. Raises OSError, LocalFailed.
+    """
+    points = read_points(roots.local, vm)
+    listed = {point.name for point in points if not point.kept}
+    needed = points.needed(listed)
+    for name, why in points.damaged.items():
+        if (roots.local.point(vm, name) / STORAGE).exists():
+            log.warning("%s: no image is removed, since %s", vm, why)
+            return sorted(needed - listed)
+    gone = [name for name in (*points.by_name, *points.damaged) if name not in needed]
+    for name in sorted(gone, key=len, reverse=True):  # revisions before their snapshots
+        id, _, revision = name.partition("/")
+        holds = {one for one in needed if one.partition("/")[0] == id}
+        folder = roots.local.point(vm, name)
+        if revision or not holds:
+            shutil.rmtree(folder, ignore_errors=False)
+    return sorted(needed - listed)
 
 
 async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[str]:
@@ -153,14 +190,15 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
 
 def kept(roots: Roots, vm: str) -> set[str] | None:
     """What the remaining snapshots keep; None when one of them cannot be read: it may keep all."""
-    found: set[str] = set()
     for facts in local.survey(roots.local, vm):
         if facts.problem is not None:
             log.warning("%s: nothing is folded, since %s", vm, facts.problem)
             return None
-        disks = facts.storage.disks if facts.storage is not None else []
-        found |= {name for disk in disks for image in disk.chain for name in called(image.path)}
-    return found
+    points = read_points(roots.local, vm)
+    if points.damaged:
+        return None
+    disks = [disk for point in points for disk in point.storage.disks]
+    return {name for disk in disks for image in disk.chain for name in called(image.path)}
 
 
 def called(path: str) -> set[str]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from qmpsnap.engine import (
+    boot,
     create,
     delete,
+    export,
     half,
     info,
     listing,
+    offline,
+    protect,
+    prune,
     recover,
+    refresh,
     restore,
+    retention,
     ship,
     thaw,
     verify,
@@ -22,14 +31,19 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
+from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.wishes import Wishes
-from qmpsnap.errors import NotShipped
+from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
+from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.manifest import Storage
+from qmpsnap.store.points import read as read_points
 from qmpsnap.store.remote import Store
+
+log = logging.getLogger(__name__)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -86,13 +100,23 @@ class Engine:
         """Both halves' manifests of one snapshot. Raises SnapshotUnknown, HalfMissing."""
         return await half.open_pair(self.roots, await listing.find(self.roots, vm, word))
 
+    async def revisions(self, vm: str, id: str) -> Sequence[Storage]:
+        """The local half of the snapshot *id* at each of its revisions, the RAM's own first."""
+        points = await asyncio.to_thread(read_points, self.roots.local, vm)
+        return [one.storage for one in points if one.storage.id == id]
+
     async def info(self, machine: Machine) -> info.Info:
         """What can be done with a running VM, and why not."""
         return await info.info(self.roots, machine)
 
-    async def verify(self, vm: str, word: str = listing.LATEST) -> verify.Verified:
-        """Read and check everything of one snapshot; what is wrong comes back as findings."""
-        return await verify.verify(self.roots, vm, word, self._report)
+    async def verify(
+        self, vm: str, word: str = listing.LATEST, *, trial: boot.Trial | None = None
+    ) -> verify.Verified:
+        """Read and check everything of one snapshot; what is wrong comes back as findings.
+
+        With *trial* it is also brought back for a moment, on no network.
+        """
+        return await verify.verify(self.roots, vm, word, self._report, trial)
 
     async def prepare_restore(
         self, vm: str, wish: restore.Restoration, word: str = listing.LATEST
@@ -111,12 +135,77 @@ class Engine:
         async with restore.restored(ready, self._report, detach=detach) as back:
             yield back
 
+    @asynccontextmanager
+    async def exported(
+        self,
+        vm: str,
+        disk: str,
+        word: str = listing.LATEST,
+        *,
+        revision: int | None = None,
+        socket: Path | None = None,
+    ) -> AsyncIterator[export.Export]:
+        """One disk of a snapshot (its newest *revision*), served read-only over NBD for the block.
+
+        Raises SnapshotUnknown, UsageError, DamagedData, LocalFailed.
+        """
+        served = export.exported(self.roots, vm, word, disk, revision, socket)
+        async with served as one:
+            yield one
+
     async def delete(self, machine: Machine, word: str) -> delete.Deleted:
         """Remove both halves of one snapshot and fold overlays that nobody needs.
 
         Raises Refused when restored machines stand on it; StoreError with nothing removed.
         """
         return await delete.delete(self.roots, machine, word)
+
+    async def refresh(
+        self,
+        machine: Machine,
+        word: str = listing.LATEST,
+        *,
+        copying: Copying | None = None,
+        quiesce: Quiesce = Quiesce.AUTO,
+        max_pause: float | None = None,
+    ) -> refresh.Refreshed:
+        """Make a new revision of the local half of one snapshot; its store half stays as it is.
+
+        Raises SnapshotUnknown, and what `create` raises; the snapshot is as before then.
+        """
+        return await refresh.refresh(
+            self.roots,
+            machine,
+            word,
+            self._report,
+            copying=copying,
+            quiesce=quiesce,
+            max_pause=max_pause,
+        )
+
+    async def prune(
+        self,
+        machine: Machine,
+        policy: retention.Policy,
+        *,
+        dry_run: bool = False,
+        merging: bool = True,
+    ) -> prune.Pruned:
+        """Remove the pairs that *policy* does not keep; merge images that only they needed.
+
+        Raises UsageError for a policy without a rule, VmBusy; StoreError when the store went away.
+        """
+        return await prune.prune(
+            self.roots, machine, policy, dry_run=dry_run, merging=merging, report=self._report
+        )
+
+    async def protect(self, vm: str, word: str = listing.LATEST, note: str = "") -> Protection:
+        """Keep one snapshot from `prune` and `delete`. Raises SnapshotUnknown, HalfMissing."""
+        return await protect.protect(self.roots, vm, word, note)
+
+    async def unprotect(self, vm: str, word: str = listing.LATEST) -> Protection:
+        """Let one snapshot be pruned and deleted again. Raises SnapshotUnknown."""
+        return await protect.unprotect(self.roots, vm, word)
 
     async def thaw(self, machine: Machine) -> int | None:
         """Thaw the guest's file systems whoever froze them; how many were. Raises AgentError."""
@@ -125,6 +214,13 @@ class Engine:
     async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
         """Settle what a crashed engine still owed this VM. Raises VmBusy, MonitorAbsent, Failed."""
         # what an engine at work has in its journal is not owed yet
-        held = lock.held(self.roots.local.lock(machine.name), "recover")
-        async with held, connect(machine.socket) as monitor:
-            return await recover.recover(self.roots, machine, monitor)
+        async with lock.held(self.roots.local.lock(machine.name), "recover"):
+            try:
+                async with connect(machine.socket) as monitor:
+                    return await recover.recover(self.roots, machine, monitor)
+            except (MonitorAbsent, VmUnknown) as absent:
+                settled = await offline.settle_offline(self.roots, machine)
+                if not settled:
+                    raise
+                log.info("%s; its disks were settled without QEMU", absent)
+                return settled

@@ -18,16 +18,23 @@ from qmpsnap.ids import NodeName
 
 
 class Laid(msgspec.Struct, frozen=True):
-    """An overlay as the journal remembers it: its node, the node it goes over, its file."""
+    """An overlay as the journal remembers it: its node, the node it goes over, and their files."""
 
     node: str
     base: str
     path: str
+    beneath: str
 
 
 def remembered(disks: Iterable[PlannedDisk]) -> list[Laid]:
     return [
-        Laid(disk.overlay.node, disk.site.disk.top.name, str(disk.overlay.path)) for disk in disks
+        Laid(
+            disk.overlay.node,
+            disk.site.disk.top.name,
+            str(disk.overlay.path),
+            disk.site.paths[0],
+        )
+        for disk in disks
     ]
 
 
@@ -92,7 +99,7 @@ async def take_back(monitor: Monitor, laid: Sequence[Laid], *, may_be_live: bool
         node = NodeName(one.node)
         if node not in seen.nodes:
             if may_be_live:
-                kept.append(one.path)
+                kept += [one.path] if await asyncio.to_thread(os.path.exists, one.path) else []
                 continue
         elif any(node == item.name for disk in seen.disks for item in disk.chain):
             await fold.fold(monitor, node, NodeName(one.base))

@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qmpsnap.engine.levels import Chosen, scratch
 from qmpsnap.engine.survey import Site, Survey
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, UsageError, VmBusy
+from qmpsnap.hypervisor.block import bitmap
 from qmpsnap.hypervisor.block.overlay import Overlay
-from qmpsnap.hypervisor.block.transaction import Snapshot, wire
+from qmpsnap.hypervisor.block.transaction import Action, AddBitmap, Snapshot, wire
 from qmpsnap.hypervisor.guest.runstate import RunState
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from qmpsnap.ids import SnapshotId, disk_labels
 from qmpsnap.store.manifest import LeftOut
 
 MAX_PAUSE = 0.2  # seconds, unless the caller says otherwise
+_OVERLAY = Chosen(Level.OVERLAY, "asked for")
 _NO_RAM = "`--ram none` leaves the RAM out"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedDisk:
-    """A disk of the snapshot: its chain is frozen, *overlay* takes the writes from then on."""
+    """A disk of the snapshot: its chain is frozen, *overlay* takes the writes from then on.
+
+    At level `overlay` that is all. Else what is frozen is copied as *chosen* says, the overlay is
+    folded back, and *bitmap* has recorded from the instant on what the guest changes.
+    """
 
     label: str
     site: Site
     overlay: Overlay
+    chosen: Chosen
+    bitmap: str | None
 
     @property
-    def action(self) -> Snapshot:
-        return Snapshot(self.site.disk.top.name, self.overlay.node)
+    def copied(self) -> bool:
+        return self.chosen.level is not Level.OVERLAY
+
+    @property
+    def actions(self) -> list[Action]:
+        top = self.site.disk.top
+        laid: list[Action] = [Snapshot(top.name, self.overlay.node)]
+        if self.bitmap is not None:
+            # raw has no room for one: it ends with this QEMU
+            keeps = top.driver == "qcow2"
+            laid.insert(0, AddBitmap(top.name, self.bitmap, persistent=keeps))
+        return laid
+
+    def shown(self) -> dict[str, Any]:
+        beneath = self.chosen.beneath
+        return {
+            "disk": self.site.name,
+            "label": self.label,
+            "node": self.site.disk.top.name,
+            "frozen": self.site.paths[0],
+            "overlay": str(self.overlay.path),
+            "level": self.chosen.level.value,
+            "level_reason": self.chosen.reason,
+            "parent": beneath.name if beneath is not None else None,
+            "bitmap": self.bitmap,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +92,11 @@ class Plan:
 
     def transaction(self) -> dict[str, object]:
         """The arguments of the one QMP transaction that fixes the disks."""
-        return wire([disk.action for disk in self.disks])
+        return wire(self.actions)
+
+    @property
+    def actions(self) -> list[Action]:
+        return [action for disk in self.disks for action in disk.actions]
 
     def shown(self) -> dict[str, Any]:
         """The plan for people and programs: plain JSON."""
@@ -66,16 +104,7 @@ class Plan:
             "id": str(self.id),
             "vm": self.vm,
             "level": self.level.value,
-            "disks": [
-                {
-                    "disk": disk.site.name,
-                    "label": disk.label,
-                    "node": disk.site.disk.top.name,
-                    "frozen": disk.site.paths[0],
-                    "overlay": str(disk.overlay.path),
-                }
-                for disk in self.disks
-            ],
+            "disks": [disk.shown() for disk in self.disks],
             "left_out": [{"disk": left.device, "reason": left.reason} for left in self.left_out],
             "ram": [mode.value for mode in self.modes],
             "ram_reason": self.why,
@@ -89,19 +118,26 @@ class Plan:
         }
 
 
-def plan(facts: Survey, wishes: Wishes, id: SnapshotId, layers: Path) -> Plan:
-    """Decide. Raises Blocked, VmBusy or UsageError with the reason; nothing was touched then."""
-    if wishes.level not in {Level.AUTO, Level.OVERLAY}:
-        raise Blocked(f"level {wishes.level} is not available yet; `overlay` is")
+def plan(
+    facts: Survey,
+    wishes: Wishes,
+    id: SnapshotId,
+    layers: Path,
+    chosen: Mapping[str, Chosen] | None = None,
+) -> Plan:
+    """Decide. *chosen* is the level of each disk, by label; a disk without one gets an overlay.
+
+    Raises Blocked, VmBusy or UsageError with the reason; nothing was touched then.
+    """
     if facts.state not in {RunState.RUNNING, RunState.PAUSED}:
         raise Blocked(f"the guest is {facts.state}: only a running or a paused one can be taken")
     if facts.jobs:
         raise VmBusy(f"QEMU is busy with {', '.join(facts.jobs)}")
-    chosen, left_out = _disks(facts, wishes)
-    labels = disk_labels([site.name for site in chosen])
+    taken, left_out = wanted(facts, wishes)
+    labels = disk_labels([site.name for site in taken])
     disks = tuple(
-        PlannedDisk(label, site, _overlay(label, site, id, layers))
-        for label, site in zip(labels, chosen, strict=True)
+        _planned(facts.machine.name, label, site, id, layers, (chosen or {}).get(label, _OVERLAY))
+        for label, site in zip(labels, taken, strict=True)
     )
     modes, why = _ram(facts, wishes.ram)
     freeze, freeze_why = _freeze(facts, wishes, modes)
@@ -111,7 +147,7 @@ def plan(facts: Survey, wishes: Wishes, id: SnapshotId, layers: Path) -> Plan:
     return Plan(
         id=id,
         vm=facts.machine.name,
-        level=Level.OVERLAY,
+        level=_level(disks),
         disks=disks,
         left_out=left_out,
         asked=wishes.ram,
@@ -127,12 +163,26 @@ def plan(facts: Survey, wishes: Wishes, id: SnapshotId, layers: Path) -> Plan:
     )
 
 
-def _overlay(label: str, site: Site, id: SnapshotId, layers: Path) -> Overlay:
+def _planned(
+    vm: str, label: str, site: Site, id: SnapshotId, layers: Path, chosen: Chosen
+) -> PlannedDisk:
     node = id.overlay_of(label)
-    return Overlay(node, layers / f"{node}.qcow2", site.disk.top, site.options)
+    copied = chosen.level is not Level.OVERLAY
+    path = scratch(site, node, layers) if copied else layers / f"{node}.qcow2"
+    overlay = Overlay(node, path, site.disk.top, site.options)
+    name = bitmap.name_of(vm, label, str(id)) if copied else None
+    return PlannedDisk(label, site, overlay, chosen, name)
 
 
-def _disks(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ...]]:
+def _level(disks: tuple[PlannedDisk, ...]) -> Level:
+    """What the snapshot as a whole is called: the cheapest of what its disks are."""
+    levels = {disk.chosen.level for disk in disks}
+    cheapest = (Level.DIFF, Level.INC, Level.FULL, Level.OVERLAY)
+    return next((level for level in cheapest if level in levels), Level.OVERLAY)
+
+
+def wanted(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ...]]:
+    """The disks that are taken, and those that are not. Raises Blocked, UsageError."""
     _check_names(facts, (*wishes.include, *wishes.exclude))
     chosen: list[Site] = []
     left_out: list[LeftOut] = []

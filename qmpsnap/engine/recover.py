@@ -17,16 +17,18 @@ from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRefused
 from qmpsnap.host import journal
-from qmpsnap.hypervisor.block import fold
+from qmpsnap.hypervisor.block import bitmap, fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
+from qmpsnap.store.layout import STORAGE
 
 log = logging.getLogger(__name__)
 
 
 class Owed(msgspec.Struct, frozen=True):
-    """The first line of a `create` in the journal: what it is about to change."""
+    """The first line of a `create` or `refresh` in the journal: what it is about to change."""
 
     phase: str
     running: bool
@@ -38,6 +40,12 @@ class Owed(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
     uuid: str | None = None
     verb: str = "create"
+    of: str | None = None
+    bitmaps: list[str] = []
+
+    def point(self, id: str) -> str:
+        """The point that is being made: a snapshot, or a revision of the snapshot *of*."""
+        return id if self.of is None else f"{self.of}/{id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
     settled = []
     debts = await asyncio.to_thread(journal.pending, roots.local.journal(machine.name))
     if debts:
+        await dirty.broken_off(monitor)
         await fold.broken_off(monitor)
     for record in debts:
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
@@ -81,7 +90,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             owed = msgspec.convert(record.lines[0], Owed)
             await _refuse_other(monitor, machine, owed)
             phase = Phase(record.lines[-1]["phase"])
-            if not _is_sealed(roots, machine, record.id):
+            if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
                 did = await undo(
                     roots, machine, monitor, record.id, owed, phase, thaw=owed.freeze and crashed
@@ -117,7 +126,7 @@ async def undo(
     A sealed snapshot exists, whatever was noted last: it is left alone. Done twice, it does
     nothing. Raises GuestLeftStopped, LocalFailed, JobFailed, MonitorError.
     """
-    if _is_sealed(roots, machine, id):
+    if is_sealed(roots, machine, owed.point(id)):
         return []
     did: list[str] = []
     touched = phase is not Phase.PLANNED
@@ -134,10 +143,13 @@ async def undo(
                 frozen = failed
     await _set_back(monitor, owed)
     await target.forget_all(monitor)
-    kept = await layers.take_back(monitor, owed.laid, may_be_live=touched)
+    live = touched and phase is not Phase.COPIED
+    kept = await layers.take_back(monitor, owed.laid, may_be_live=live)
     did.append("overlays were taken back")
     did += [f"kept {path}: it may hold writes of the guest" for path in kept]
-    await asyncio.to_thread(_remove, roots.local.snapshot(machine.name, id))
+    # the ones before them have recorded all the while
+    await bitmap.remove_all(monitor, lambda name: name not in owed.bitmaps)
+    await asyncio.to_thread(remove, roots.local.point(machine.name, owed.point(id)))
     if frozen is not None:
         raise frozen  # all else is done: the debt stands until somebody has thawed the guest
     return did
@@ -171,11 +183,13 @@ async def _thawed(agent: Path) -> list[str]:
     return ["the guest was thawed"] if freezer.state.thawed else []
 
 
-def _is_sealed(roots: Roots, machine: Machine, id: str) -> bool:
-    return roots.local.storage(machine.name, id).exists()
+def is_sealed(roots: Roots, machine: Machine, point: str) -> bool:
+    """Whether *point* exists, whatever was noted last."""
+    return (roots.local.point(machine.name, point) / STORAGE).exists()
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Remove what was begun in *folder*. Raises LocalFailed."""
     try:
         if folder.is_dir():
             shutil.rmtree(folder)

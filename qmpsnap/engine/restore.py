@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.ids import disk_labels
 from qmpsnap.shield import finish
 from qmpsnap.store import image as frozen
+from qmpsnap.store.manifest import Storage
+from qmpsnap.store.points import Points
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class Restoration:
 
     *cold*: boot from the disks, without the RAM. *standalone*: full copies instead of overlays.
     *qmp*: where the new QEMU's monitor listens (default: qmp.sock in *to*). *qemu*: another
-    QEMU binary than the captured one.
+    QEMU binary than the captured one. *isolated*: its network cards lead nowhere.
     """
 
     to: Path
@@ -55,6 +58,7 @@ class Restoration:
     revision: int | None = None
     qmp: Path | None = None
     qemu: Path | None = None
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,10 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
     for a machine that cannot be brought back, UsageError for a *to* that is not empty.
     """
     pair = await open_pair(roots, await find(roots, vm, word))
+    points = await asyncio.to_thread(read_points, roots.local, vm)
+    pair = replace(pair, storage=_revision(pair, points, wish))
     _refuse(pair, wish)
-    await asyncio.to_thread(_unchanged, pair)
+    await asyncio.to_thread(_unchanged, pair, points)
     text = await pair.read(MACHINE)
     machine = configuration.decode(text, f"{vm}/{pair.id}/{MACHINE}")
     if not wish.cold:
@@ -179,11 +185,25 @@ async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report:
         await quiesce.Freezer(ready.relocated.agent).thaw()
 
 
+def _revision(pair: Pair, points: Points, wish: Restoration) -> Storage:
+    """The storage that is wanted: without a word the RAM's own, or for a cold boot the newest."""
+    there = {one.storage.revision: one.storage for one in points if one.storage.id == pair.id}
+    number = wish.revision if wish.revision is not None else max(there) if wish.cold else 0
+    if number not in there:
+        known = ", ".join(map(str, sorted(there)))
+        raise Blocked(f"{pair.vm} {pair.id} has no revision {number}; there are: {known}")
+    return there[number]
+
+
 def _refuse(pair: Pair, wish: Restoration) -> None:
-    if wish.revision not in {None, pair.storage.revision}:
-        raise Blocked(f"{pair.vm} {pair.id} has no revision {wish.revision}")
     if pair.manifest.ram.mode == "none" and not wish.cold:
         raise Blocked(f"{pair.vm} {pair.id} was taken without RAM", hint="`--cold` boots its disks")
+    if pair.storage.revision and not wish.cold:
+        raise Blocked(
+            f"the RAM of {pair.vm} {pair.id} is of the instant of revision 0: with the disks of "
+            f"revision {pair.storage.revision} its file systems would be destroyed",
+            hint="`--cold` boots that revision; without --revision the RAM comes back",
+        )
 
 
 def _refuse_hotplugged(machine: configuration.Configuration) -> None:
@@ -195,9 +215,10 @@ def _refuse_hotplugged(machine: configuration.Configuration) -> None:
         )
 
 
-def _unchanged(pair: Pair) -> None:
+def _unchanged(pair: Pair, points: Points) -> None:
+    point = points.by_name.get(pair.storage.point)
     for disk in pair.storage.disks:
-        for one in disk.chain:
+        for one in points.images(point, disk.label) if point else disk.chain:
             if difference := frozen.changed(one):
                 raise BaseChanged(f"disk {disk.device} of {pair.vm} {pair.id}: {difference}")
 
@@ -214,6 +235,7 @@ def _ready(pair: Pair, wish: Restoration, machine: configuration.Configuration) 
         incoming=not wish.cold,
         paused=False,
         qmp=qmp,
+        isolated=wish.isolated,
     )
     binary = wish.qemu or Path(relocated.cmdline.binary)
     if not binary.exists():

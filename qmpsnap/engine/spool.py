@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from qmpsnap.engine import configuration
 from qmpsnap.engine.capture import Captured, Report
-from qmpsnap.engine.plan import Plan
+from qmpsnap.engine.copy import Copied
+from qmpsnap.engine.identity import identity_of
+from qmpsnap.engine.plan import Plan, PlannedDisk
 from qmpsnap.engine.roots import host_id, moment
 from qmpsnap.engine.survey import Survey
+from qmpsnap.engine.wishes import Level
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import cgroup, filesystem, process, qemu_img
 from qmpsnap.host.priority import in_background
 from qmpsnap.host.process import HostUsage, ProcessUsage
 from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.vmstate.session import RamMode
-from qmpsnap.store import files, pack
+from qmpsnap.store import files, manifest, pack
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import (
     Binding,
     Disk,
     FileEntry,
-    Identity,
     Image,
     Manifest,
     Ram,
@@ -36,7 +39,12 @@ from qmpsnap.store.manifest import (
 STREAM = "vmstate/stream.zst"
 MACHINE = "machine.json"
 USAGE = "usage.json"
-_NO_UUID = "00000000-0000-0000-0000-000000000000"
+_LEVELS: dict[Level, manifest.Level] = {
+    Level.OVERLAY: "overlay",
+    Level.FULL: "full",
+    Level.INC: "inc",
+    Level.DIFF: "diff",
+}
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,47 +79,54 @@ def usage(facts: Survey, local: Path) -> Usage:
     )
 
 
-def identity(facts: Survey) -> Identity:
-    """The VM behind the name: QEMU's UUID, or without one the first files of what it writes."""
-    uuid = facts.inventory.uuid
-    own = [site for site in facts.sites if site.disk.chain and not site.disk.read_only]
-    disks = [site.paths[site.layers] for site in own]
-    return Identity(
-        vm=facts.machine.name,
-        uuid=None if uuid in {None, _NO_UUID} else uuid,
-        disks=[path for path in disks if path],
-    )
+def storage(
+    plan: Plan,
+    captured: Captured,
+    copied: Mapping[str, Copied],
+    *,
+    of: str | None = None,
+    revision: int = 0,
+) -> Storage:
+    """What the local half will say: its copies, and the frozen chains as they lie on disk now.
 
-
-def storage(plan: Plan, captured: Captured) -> Storage:
-    """What the local half will say: the frozen chains as they lie on disk now.
-
-    Raises LocalFailed when a file of a chain cannot be read.
+    *of* is the snapshot whose *revision* this is, when it is not one of its own. Raises
+    LocalFailed when a file of a chain cannot be read.
     """
     return Storage(
-        id=str(plan.id),
+        id=of or str(plan.id),
         vm=plan.vm,
         host=host_id(),
         taken_at=moment(captured.pause.stopped_at),
-        revision=0,
-        level="overlay",
-        disks=[
-            Disk(
-                label=disk.label,
-                device=disk.site.name,
-                qdev=disk.site.disk.qdev or None,
-                origin=disk.site.origin,
-                node=disk.site.disk.top.name,
-                role="pflash" if disk.site.flash else "disk",
-                level="overlay",
-                virtual_size_bytes=disk.site.disk.top.virtual_size,
-                chain=_chain(disk.site.disk.chain, disk.site.paths),
-                overlay=str(disk.overlay.path),
-                parent=None,
-            )
-            for disk in plan.disks
-        ],
+        revision=revision,
+        revision_id=str(plan.id) if of else None,
+        level=_LEVELS[plan.level],
+        disks=[_disk(disk, copied.get(disk.label)) for disk in plan.disks],
         left_out=list(plan.left_out),
+    )
+
+
+def _disk(disk: PlannedDisk, copied: Copied | None) -> Disk:
+    beneath = disk.chosen.beneath
+    whole = Disk(
+        label=disk.label,
+        device=disk.site.name,
+        qdev=disk.site.disk.qdev or None,
+        origin=disk.site.origin,
+        node=disk.site.disk.top.name,
+        role="pflash" if disk.site.flash else "disk",
+        level=_LEVELS[disk.chosen.level],
+        virtual_size_bytes=disk.site.disk.top.virtual_size,
+        chain=[],
+        overlay=None,
+        parent=beneath.name if beneath is not None else None,
+        reason=disk.chosen.reason,
+        bitmap=disk.bitmap,
+    )
+    if copied is None:
+        chain = _chain(disk.site.disk.chain, disk.site.paths)
+        return msgspec.structs.replace(whole, chain=chain, overlay=str(disk.overlay.path))
+    return msgspec.structs.replace(
+        whole, chain=[copied.image], means=copied.means, bytes_written=copied.bytes_written
     )
 
 
@@ -165,7 +180,7 @@ async def build(
             ram, raw_bytes=packed.bytes_raw, file=STREAM, raw_blake3=packed.blake3_raw
         )
         entries.append(FileEntry(name=STREAM, bytes=packed.bytes, blake3=packed.blake3))
-    bound = identity(facts)
+    bound = identity_of(facts)
     manifest = Manifest(
         id=str(plan.id),
         vm=plan.vm,

@@ -31,6 +31,7 @@ class Site:
     *paths*: the absolute file of each node of the chain, "" where there is none. *layers*: how
     many of them, from the top, are overlays of ours. *origin*: its name on QEMU's command line,
     the node's, or the drive's (`drives.Slot.key`). *options*: its discard and aio, if given.
+    *beside*: the folder of its top image, where a file can be put next to it.
     """
 
     disk: graph.Disk
@@ -38,6 +39,7 @@ class Site:
     layers: int
     origin: str
     options: Mapping[str, str]
+    beside: Path | None = None
 
     @property
     def name(self) -> str:
@@ -156,7 +158,14 @@ def _site(
     options: dict[str, str] = {}
     if attached is not None:
         origin, options = _on_command_line(disk, origin, attached)
-    return Site(disk, paths, ours, origin, options)
+    return Site(disk, paths, ours, origin, options, _beside(paths))
+
+
+def _beside(paths: tuple[str, ...]) -> Path | None:
+    if not paths or not paths[0]:
+        return None
+    top = Path(paths[0])
+    return top.parent if top.is_file() and os.access(top.parent, os.W_OK) else None
 
 
 async def _readable_later(site: Site) -> Site:

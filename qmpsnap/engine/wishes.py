@@ -29,6 +29,14 @@ class Quiesce(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Copying:
+    """How disks are copied: *compress* the images; *limit* in bytes a second, None for none."""
+
+    compress: bool = False
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """One snapshot's options, as on the command line.
 
@@ -47,3 +55,4 @@ class Wishes:
     rebind: bool = False
     pause: float = 0.02
     budget: float = 10.0
+    copying: Copying = Copying()

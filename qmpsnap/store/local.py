@@ -16,7 +16,7 @@ from qmpsnap.store.files import (
     replace,
     told,
 )
-from qmpsnap.store.layout import MANIFEST, Id, LocalRoot
+from qmpsnap.store.layout import KEPT, MANIFEST, STORAGE, Id, LocalRoot
 from qmpsnap.store.manifest import Manifest, Paired, Storage, decode, encode
 
 
@@ -45,7 +45,7 @@ def seal(root: LocalRoot, vm: str, storage: Storage) -> str:
     """
     if storage.vm != vm:
         raise ManifestError(f"a snapshot of {storage.vm} is no local half of {vm}")
-    path, content = root.storage(vm, storage.id), encode(storage)
+    path, content = root.point(vm, storage.point) / STORAGE, encode(storage)
     make_folders(path.parent, _existing(root), side=LocalFailed)
     publish(path, content, side=LocalFailed)
     return digest_bytes(content)
@@ -107,8 +107,13 @@ def survey(root: LocalRoot, vm: str | None = None) -> list[LocalFacts]:
     """
     with told(root.path, LocalFailed):
         names = root.vms() if vm is None else [vm]
-        found = [(name, id) for name in names for id in root.ids(name)]
+        found = [(name, id) for name in names for id in root.ids(name) if _listed(root, name, id)]
     return [_facts(root, name, str(id)) for name, id in found]
+
+
+def _listed(root: LocalRoot, vm: str, id: SnapshotId) -> bool:
+    """Not one that was deleted, and whose images are kept for others."""
+    return root.storage(vm, id).exists() or not (root.snapshot(vm, id) / KEPT).exists()
 
 
 def _facts(root: LocalRoot, vm: str, id: str) -> LocalFacts:

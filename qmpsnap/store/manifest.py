@@ -127,11 +127,15 @@ class Storage(Struct, frozen=True, kw_only=True):
 
 
 class Replacement(Struct, frozen=True, kw_only=True):
-    """The image *image* replaces that of the inode *instead_of*; it stands on *parent*."""
+    """The image *image* replaces that of the inode *instead_of*; it stands on *parent*.
+
+    *before*: what was so of the replaced one, where that had come from a merge itself.
+    """
 
     image: Image
     instead_of: int
     parent: str | None
+    before: Replacement | None = None
 
 
 class Merged(Struct, frozen=True, kw_only=True):

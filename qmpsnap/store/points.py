@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -36,10 +36,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """All points of a VM by name, in the order in which they were taken."""
+    """All points of a VM by name, in the order in which they were taken.
+
+    *damaged*: those that cannot be read, by name, with the reason.
+    """
 
     vm: str
     by_name: dict[str, Point]
+    damaged: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.by_name.values())
@@ -80,17 +84,23 @@ class Points:
 
 
 def read(root: LocalRoot, vm: str) -> Points:
-    """Every sealed point of *vm*. Raises LocalFailed, ManifestError for one that is damaged."""
+    """Every sealed point of *vm*. Raises LocalFailed when a folder cannot be read."""
     found: list[Point] = []
+    damaged: dict[str, str] = {}
     with told(root.path, LocalFailed):
         ids = root.ids(vm)
     for id in ids:
-        folder = root.snapshot(vm, id)
-        with told(folder, LocalFailed):
-            folders = [folder, *(folder / str(name) for name in root.revisions(vm, id))]
-        found += [point for one in folders if (point := read_one(one)) is not None]
+        with told(root.snapshot(vm, id), LocalFailed):
+            revisions = root.revisions(vm, id)
+        for name in (str(id), *(f"{id}/{revision}" for revision in revisions)):
+            try:
+                point = read_one(root.point(vm, name))
+            except ManifestError as wrong:
+                damaged[name] = str(wrong)
+                continue
+            found += [point] if point is not None else []
     found.sort(key=lambda point: point.storage.taken_at)
-    return Points(vm, {point.name: point for point in found})
+    return Points(vm, {point.name: point for point in found}, damaged)
 
 
 def read_one(folder: Path) -> Point | None:
@@ -124,5 +134,9 @@ def _merged_disk(disk: Disk, merged: Merged) -> Disk:
     except OSError:
         there = new.image.inode
     if there == new.instead_of:
-        return disk
-    return msgspec.structs.replace(disk, chain=[new.image], parent=new.parent)
+        if new.before is None:
+            return disk
+        new = new.before
+    # what stands on nothing holds all, as a full does
+    level = disk.level if new.parent is not None else "full"
+    return msgspec.structs.replace(disk, chain=[new.image], parent=new.parent, level=level)

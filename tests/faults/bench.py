@@ -12,7 +12,7 @@ from typing import Any
 
 from qmpsnap.engine.engine import Engine
 from qmpsnap.engine.machine import Machine
-from qmpsnap.engine.wishes import RamChoice, Wishes
+from qmpsnap.engine.wishes import Level, RamChoice, Wishes
 from qmpsnap.host import journal
 from tests.rig.qemu import Running, running
 from tests.rig.wire import Wire, Witness, wired, witness
@@ -23,7 +23,7 @@ _DEFAULTS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}
 
 def wishes(ram: RamChoice, **other: Any) -> Wishes:
     """A snapshot with a pause that no busy machine makes too long."""
-    return Wishes(ram=ram, **{"max_pause": 20, **other})
+    return Wishes(ram=ram, **{"max_pause": 20, "level": Level.OVERLAY, **other})
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from qmpsnap.engine.engine import Engine
 from qmpsnap.engine.machine import Machine
-from qmpsnap.engine.wishes import Quiesce, RamChoice, Wishes
+from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import SnapError
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.hypervisor.vmstate import session
@@ -88,6 +88,7 @@ async def _create(said: dict[str, Any]) -> dict[str, Any]:
     made = Engine(Path(said["local"]), Path(said["store"]), allow_local_store=True)
     machine = Machine("vm", Path(said["qmp"]), Path(said["agent"]) if said["agent"] else None)
     wishes = Wishes(
+        level=Level.OVERLAY,
         ram=RamChoice(said["ram"]),
         max_pause=said["max_pause"],
         quiesce=Quiesce.AGENT if said["agent"] else Quiesce.NONE,

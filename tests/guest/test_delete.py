@@ -11,6 +11,7 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
+from qmpsnap.engine.wishes import Level, Wishes
 from qmpsnap.errors import Refused, SnapshotUnknown, StoreError, StoreRefused, VmBusy
 from qmpsnap.host.journal import Journal, pending
 from qmpsnap.store.files import digest_file
@@ -48,7 +49,7 @@ class Series:
     async def take(self, count: int) -> list[str]:
         ids = []
         for _ in range(count):
-            made = await self.engine.create(self.machine)
+            made = await self.engine.create(self.machine, Wishes(level=Level.OVERLAY))
             ids.append(made.id)
             shown = await self.engine.show("web", made.id)
             chain = {Path(image.path) for disk in shown.storage.disks for image in disk.chain}

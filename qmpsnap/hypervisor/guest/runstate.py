@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
@@ -35,6 +36,7 @@ _CONTINUABLE = {RunState.PAUSED, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE}
 # migration states in which QEMU itself lets the guest run once it is told to cancel
 _HOLDING = {"pre-switchover", "device"}
 _LOOK_AGAIN = 0.001  # seconds
+_AT_ONCE = 3  # refusals after which it is worth the time to ask for the reason
 
 
 async def query(monitor: Monitor) -> RunState:
@@ -112,13 +114,15 @@ async def let_run(monitor: Monitor, *, within: float = 20) -> None:
 async def _continue(monitor: Monitor) -> None:
     refusal = ""
     with monitor.listen("RESUME", "MIGRATION") as events:
-        while True:
+        for turn in itertools.count():
             try:
                 # the reply comes after vm_start(): cheaper than asking for the state first
                 await monitor.execute("cont")
             except CommandRefused as refused:
                 # "Migration is not finalized yet": `completed` is said a moment too early
                 refusal = str(refused)
+                if turn < _AT_ONCE:
+                    continue
                 await _unhold(monitor)
             state = await query(monitor)
             if state is RunState.RUNNING:

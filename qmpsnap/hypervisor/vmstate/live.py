@@ -74,7 +74,7 @@ async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
                 async with bounded(session):
                     await fix()
                     await monitor.execute("migrate-continue", {"state": "pre-switchover"})
-                    await migration.reach(monitor, events, "completed")
+                    await migration.reach(monitor, events, "completed", at_word=True)
         except BaseException:
             await finish(_settled(owed, give_back(monitor)), within=60)
             raise
@@ -132,7 +132,9 @@ class _Passes:
         while (now := await self._look()).status != "pre-switchover":
             if self._stuck(now):
                 await self._stretch(now)
-            await migration.woken(self._events, within=0.1)
+            # the guest stands still by then, and `migrate-continue` would refuse a false alarm
+            if await migration.woken(self._events, within=0.1) == "pre-switchover":
+                return
 
     async def go_on(self) -> None:
         """Full speed to the end, and a last pass as long as is wanted."""

@@ -20,6 +20,7 @@ UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds ba
 # for ever to be continued, and the guest stopped (7.2: migration_maybe_pause). This wakes it; where
 # nobody waits it does nothing.
 WAKE = {"state": "cancelling"}
+_ON_THE_WAY = {"setup", "active", "pre-switchover", "device"}
 _OVER = {"completed", "failed", "cancelled", "none"}
 
 
@@ -116,14 +117,21 @@ async def reach(
     *statuses: str,
     each: Callable[[Migration], Awaitable[None]] | None = None,
     incoming: bool = False,
+    at_word: bool = False,
 ) -> Migration:
     """Wait until the migration is in one of *statuses*; *each* is awaited with every look at it.
 
-    An *incoming* one says `none` until its first byte came.
+    An *incoming* one says `none` until its first byte came. *at_word*: what an event says is
+    believed, since the guest stands still meanwhile and each look costs it half a millisecond.
 
     Woken by MIGRATION events, decided by query-migrate. Raises MigrationFailed with QEMU's words
     if it ends in another way.
     """
+    while at_word:
+        said = await woken(events, within=0.1)
+        if said in statuses:
+            return Migration(status=said)
+        at_word = said in _ON_THE_WAY
     while True:
         now = await query(monitor)
         if each is not None:
@@ -135,14 +143,13 @@ async def reach(
         await woken(events, within=0.1)
 
 
-async def woken(events: Events, *, within: float) -> bool:
-    """True if an event came within *within* seconds."""
+async def woken(events: Events, *, within: float) -> str:
+    """The status that a MIGRATION event told within *within* seconds; empty if none came."""
     try:
         async with asyncio.timeout(within):
-            await events.next()
+            return str((await events.next()).data.get("status", ""))
     except TimeoutError:
-        return False
-    return True
+        return ""
 
 
 async def call_off(monitor: Monitor) -> None:

@@ -1,0 +1,252 @@
+"""The copy of one frozen disk: a full one, or what changed since a point."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.plan import PlannedDisk
+from qmpsnap.engine.wishes import Copying, Level
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import qemu_img, qemu_nbd
+from qmpsnap.host.priority import in_background
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.nbd import client, dirty
+from qmpsnap.shield import finish
+from qmpsnap.store import copying, increment
+from qmpsnap.store.image import examine_image
+from qmpsnap.store.manifest import Image, Means
+from qmpsnap.store.points import Points
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Ranges = list[tuple[int, int]]
+"""Offsets and lengths in bytes, in order, none touching the next."""
+
+# Bytes of the target's file system that we leave alone. Where the guest writes to the same one
+# (its overlay lies beside its disk), it must never be us who fill it up.
+_RESERVE, _RESERVE_OF_THE_GUEST = 16 << 20, 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The image that was written of one disk, whole and durable."""
+
+    image: Image
+    means: Means
+    bytes_written: int
+
+
+async def copied(
+    monitor: Monitor, disk: PlannedDisk, folder: Path, points: Points, how: Copying, report: Report
+) -> Copied:
+    """Write the image of *disk*, whose chain is frozen, into *folder*, as its level says.
+
+    Raises LocalFailed, VmBusy, CommandRefused, MonitorLost; what was written by then stays for
+    the caller to remove.
+    """
+    what = f"copying {disk.site.name}"
+
+    def tell(done: int, total: int, _: str = "") -> None:
+        report(what, done, total)
+
+    if disk.chosen.level is Level.FULL:
+        path, format, means, written = await _full(disk, folder, how, tell)
+    else:
+        path, format, means, written = await _changes(monitor, disk, folder, points, how, tell)
+    health = await qemu_img.check(path, format)
+    if health.corruptions:
+        raise LocalFailed(f"{path}: qemu-img finds {health.corruptions} corruptions in the copy")
+    size = disk.site.disk.top.virtual_size
+    image = await asyncio.to_thread(examine_image, path, format, size)
+    return Copied(image, means, written)
+
+
+async def _full(
+    disk: PlannedDisk, folder: Path, how: Copying, tell: Callable[[int, int, str], None]
+) -> tuple[Path, str, Means, int]:
+    chain, source = disk.site.disk.chain, Path(disk.site.paths[0])
+    format = chain[0].driver if chain[0].driver in {"qcow2", "raw"} else "raw"
+    if len(chain) > 1 or how.compress:
+        path, size = folder / f"{disk.label}.qcow2", disk.site.disk.top.virtual_size
+        await asyncio.to_thread(_refuse_full, disk, folder)
+        await qemu_img.convert(
+            source,
+            format,
+            path,
+            "qcow2",
+            lambda part: tell(int(part * size), size, ""),
+            force_share=True,
+            compress=how.compress,
+            rate=how.limit,
+        )
+        return path, "qcow2", "convert", await asyncio.to_thread(_on_disk, path)
+    path = folder / f"{disk.label}.{format}"
+    with _stopping() as stop:
+        done = await _to_its_end(
+            stop,
+            lambda: copying.copy(
+                source,
+                path,
+                limit=how.limit,
+                reserve=_reserve(disk, folder),
+                cancelled=stop.is_set,
+                on_progress=tell,
+            ),
+        )
+    if format == "qcow2":
+        await qemu_img.strip_bitmaps(path)
+    return path, format, done.means, done.bytes_written
+
+
+def _on_disk(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def _refuse_full(disk: PlannedDisk, folder: Path) -> None:
+    """qemu-img looks after no reserve: what it could write at most has to fit beforehand."""
+    needed = sum(node.actual_size for node in disk.site.disk.chain)
+    free, reserve = shutil.disk_usage(folder).free, _reserve(disk, folder)
+    if needed + reserve > free:
+        raise LocalFailed(
+            f"{folder}: no room for a copy of {disk.site.name}: {needed} bytes and {reserve} to "
+            f"spare are needed, {free} are free"
+        )
+
+
+async def _changes(
+    monitor: Monitor,
+    disk: PlannedDisk,
+    folder: Path,
+    points: Points,
+    how: Copying,
+    tell: Callable[[int, int, str], None],
+) -> tuple[Path, str, Means, int]:
+    since, beneath = disk.chosen.since, disk.chosen.beneath
+    assert since is not None
+    assert beneath is not None
+    backing = points.images(beneath, disk.label)[0]
+    path = folder / f"{disk.label}.qcow2"
+    with _private() as private:
+        ranges = await dirty.changed(
+            monitor,
+            private / "changes",
+            disk.site.disk.top.name,
+            bitmap=since.bitmap,
+            layers=since.layers,
+        )
+        if since.point is not beneath:
+            ranges = merged([*ranges, *await _between(points, disk)])
+        top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
+        format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
+        async with qemu_nbd.serving(frozen, format, private / "frozen"):
+            with _stopping() as stop, client.Reader(private / "frozen", "") as reader:
+                written = await _to_its_end(
+                    stop,
+                    lambda: increment.write(
+                        path,
+                        virtual_size=top.virtual_size,
+                        backing=_spelled(Path(backing.path), folder, beneath.folder),
+                        backing_format=backing.format,
+                        extents=ranges,
+                        read=reader.read,
+                        limit=how.limit,
+                        reserve=_reserve(disk, folder),
+                        cancelled=stop.is_set,
+                        on_progress=tell,
+                    ),
+                )
+    if how.compress:
+        written = await _compressed(path, backing, how)
+    return path, "qcow2", "increment", written
+
+
+async def _compressed(path: Path, backing: Image, how: Copying) -> int:
+    plain = path.with_name(f"{path.name}.plain")
+    await asyncio.to_thread(path.rename, plain)
+    header = await qemu_img.info(plain, "qcow2")
+    await qemu_img.convert(
+        plain, "qcow2", path, "qcow2", compress=True, rate=how.limit,
+        backing=(header.backing_as_written or backing.path, backing.format),
+    )  # fmt: skip
+    await asyncio.to_thread(plain.unlink)
+    return await asyncio.to_thread(_on_disk, path)
+
+
+async def _between(points: Points, disk: PlannedDisk) -> Ranges:
+    """What the increments between the point that the changes count from and the full wrote."""
+    since, beneath = disk.chosen.since, disk.chosen.beneath
+    assert since is not None
+    assert beneath is not None
+    chain = points.images(since.point, disk.label)
+    depth = len(chain) - len(points.images(beneath, disk.label))
+    found = await qemu_img.allocated(Path(chain[0].path), chain[0].format, depth)
+    return merged(found)
+
+
+def merged(ranges: Ranges) -> Ranges:
+    """*ranges* in order, those that touch or overlap made one."""
+    found: Ranges = []
+    for offset, length in sorted(ranges):
+        if found and offset <= sum(found[-1]):
+            start = found[-1][0]
+            found[-1] = (start, max(sum(found[-1]), offset + length) - start)
+        else:
+            found.append((offset, length))
+    return found
+
+
+def _spelled(image: Path, folder: Path, parent: Path) -> str:
+    """A backing file's name: relative within the local root, so that the root can be moved."""
+    return os.path.relpath(image, folder) if image.parent == parent else str(image)
+
+
+def _reserve(disk: PlannedDisk, folder: Path) -> int:
+    shared = folder.stat().st_dev == disk.overlay.path.parent.stat().st_dev
+    return _RESERVE_OF_THE_GUEST if shared else _RESERVE
+
+
+@contextmanager
+def _private() -> Iterator[Path]:
+    """A folder for sockets: a path that is short enough for one, and ours alone."""
+    folder = Path(tempfile.mkdtemp(prefix="qmpsnap-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    stop = threading.Event()
+    try:
+        yield stop
+    finally:
+        stop.set()
+
+
+async def _to_its_end(stop: threading.Event, work: Callable[[], T]) -> T:
+    """Run *work* in a thread that yields; cancelled, it is stopped and waited for."""
+    task = asyncio.ensure_future(in_background(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await finish(_ended(task), within=60)
+        raise
+
+
+async def _ended(task: asyncio.Future[T]) -> None:
+    await asyncio.wait({task})
+    if not task.cancelled() and (failure := task.exception()):
+        log.debug("stopped: %s", failure)
