@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpsnap.engine.levels import Chosen, scratch
+from qmpsnap.engine.ram import ram_modes
 from qmpsnap.engine.survey import Site, Survey
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, UsageError, VmBusy
@@ -21,7 +22,6 @@ from qmpsnap.store.manifest import LeftOut
 
 MAX_PAUSE = 0.2  # seconds, unless the caller says otherwise
 _OVERLAY = Chosen(Level.OVERLAY, "asked for")
-_NO_RAM = "`--ram none` leaves the RAM out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def plan(
         _planned(facts.machine.name, label, site, id, layers, (chosen or {}).get(label, _OVERLAY))
         for label, site in zip(labels, taken, strict=True)
     )
-    modes, why = _ram(facts, wishes.ram)
+    modes, why = ram_modes(facts, wishes.ram)
     freeze, freeze_why = _freeze(facts, wishes, modes)
     bound = wishes.max_pause
     if bound is None and wishes.ram is not RamChoice.PAUSED:
@@ -223,60 +223,6 @@ def _check_names(facts: Survey, names: tuple[str, ...]) -> None:
         if name not in known:
             there = ", ".join(site.name for site in facts.sites) or "none"
             raise UsageError(f"no disk {name!r}; there are: {there}")
-
-
-def _ram(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str]:
-    if asked is RamChoice.NONE:
-        return (RamMode.NONE,), "asked for"
-    if facts.attached is None:
-        raise Blocked(f"the RAM could not be restored later: {facts.problem}", hint=_NO_RAM)
-    if facts.blocked_reasons:
-        raise Blocked(
-            f"QEMU cannot save its state: {'; '.join(facts.blocked_reasons)}", hint=_NO_RAM
-        )
-    trouble = background_trouble(facts)
-    if facts.state is RunState.PAUSED:
-        return _ram_of_paused(facts, asked, trouble)
-    if asked is RamChoice.BACKGROUND:
-        if trouble:
-            raise Blocked(f"background saving of RAM is not possible: {trouble}")
-        return (RamMode.BACKGROUND,), "asked for"
-    if asked is not RamChoice.AUTO:
-        return (RamMode(asked.value),), "asked for"
-    if trouble:
-        return (RamMode.LIVE,), f"background would not do: {trouble}"
-    if not facts.abilities.background_safe:
-        why = f"background is not failure-safe on QEMU {facts.abilities.version}"
-        return (RamMode.LIVE,), why
-    return (RamMode.LIVE, RamMode.BACKGROUND), "live; background if that does not converge"
-
-
-def _ram_of_paused(
-    facts: Survey, asked: RamChoice, trouble: str
-) -> tuple[tuple[RamMode, ...], str]:
-    """Any other way ends in `postmigrate`, which only a run of the guest leaves."""
-    if asked not in {RamChoice.AUTO, RamChoice.BACKGROUND}:
-        raise Blocked(f"the guest is paused, and `{asked}` would have to let it run", hint=_NO_RAM)
-    if not facts.abilities.stays_paused:
-        raise Blocked(
-            f"the guest is paused, and QEMU {facts.abilities.version} cannot save a paused guest "
-            "without letting it run",
-            hint=_NO_RAM,
-        )
-    if trouble:
-        raise Blocked(f"the guest is paused: only background could save it, and {trouble}")
-    return (RamMode.BACKGROUND,), "the guest is paused, and stays so"
-
-
-def background_trouble(facts: Survey) -> str:
-    """Why RAM cannot be saved in the background; empty if it can."""
-    if not facts.abilities.background:
-        return facts.abilities.background_trouble
-    for device in facts.inventory.devices or []:
-        # they write RAM from another process, or past the CPU: write protection misses that
-        if device.type.startswith(("vhost-user", "vfio-")):
-            return f"device {device.id or device.type} ({device.type}) writes RAM unseen"
-    return ""
 
 
 def _freeze(facts: Survey, wishes: Wishes, modes: tuple[RamMode, ...]) -> tuple[bool, str]:

@@ -134,7 +134,6 @@ def test_the_ram_mode_follows_from_what_qemu_can(
         ({"state": RunState.OTHER}, {}, Blocked, "the guest is other"),
         ({"state": RunState.POSTMIGRATE}, {"ram": RamChoice.NONE}, Blocked, "postmigrate"),
         ({"jobs": ("commit j0",)}, {}, VmBusy, "commit j0"),
-        ({}, {"level": Level.FULL}, Blocked, "not available yet"),
         ({}, {"exclude": ("nope",)}, UsageError, "there are: vda"),
         ({}, {"include": ("nope",)}, UsageError, "'nope'"),
         ({"sites": (_site("vda", trouble="on NBD"),)}, {}, Blocked, "vda: on NBD"),

@@ -1,0 +1,66 @@
+"""The RAM modes that will do for a VM, decided from facts alone."""
+
+from __future__ import annotations
+
+from qmpsnap.engine.survey import Survey
+from qmpsnap.engine.wishes import RamChoice
+from qmpsnap.errors import Blocked
+from qmpsnap.hypervisor.guest.runstate import RunState
+from qmpsnap.hypervisor.vmstate.session import RamMode
+
+_NO_RAM = "`--ram none` leaves the RAM out"
+
+
+def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str]:
+    """The modes to try, in this order, and why these. Raises Blocked with the reason."""
+    if asked is RamChoice.NONE:
+        return (RamMode.NONE,), "asked for"
+    if facts.attached is None:
+        raise Blocked(f"the RAM could not be restored later: {facts.problem}", hint=_NO_RAM)
+    if facts.blocked_reasons:
+        raise Blocked(
+            f"QEMU cannot save its state: {'; '.join(facts.blocked_reasons)}", hint=_NO_RAM
+        )
+    trouble = background_trouble(facts)
+    if facts.state is RunState.PAUSED:
+        return _ram_of_paused(facts, asked, trouble)
+    if asked is RamChoice.BACKGROUND:
+        if trouble:
+            raise Blocked(f"background saving of RAM is not possible: {trouble}")
+        return (RamMode.BACKGROUND,), "asked for"
+    if asked is not RamChoice.AUTO:
+        return (RamMode(asked.value),), "asked for"
+    if trouble:
+        return (RamMode.LIVE,), f"background would not do: {trouble}"
+    if not facts.abilities.background_safe:
+        why = f"background is not failure-safe on QEMU {facts.abilities.version}"
+        return (RamMode.LIVE,), why
+    return (RamMode.LIVE, RamMode.BACKGROUND), "live; background if that does not converge"
+
+
+def _ram_of_paused(
+    facts: Survey, asked: RamChoice, trouble: str
+) -> tuple[tuple[RamMode, ...], str]:
+    """Any other way ends in `postmigrate`, which only a run of the guest leaves."""
+    if asked not in {RamChoice.AUTO, RamChoice.BACKGROUND}:
+        raise Blocked(f"the guest is paused, and `{asked}` would have to let it run", hint=_NO_RAM)
+    if not facts.abilities.stays_paused:
+        raise Blocked(
+            f"the guest is paused, and QEMU {facts.abilities.version} cannot save a paused guest "
+            "without letting it run",
+            hint=_NO_RAM,
+        )
+    if trouble:
+        raise Blocked(f"the guest is paused: only background could save it, and {trouble}")
+    return (RamMode.BACKGROUND,), "the guest is paused, and stays so"
+
+
+def background_trouble(facts: Survey) -> str:
+    """Why RAM cannot be saved in the background; empty if it can."""
+    if not facts.abilities.background:
+        return facts.abilities.background_trouble
+    for device in facts.inventory.devices or []:
+        # they write RAM from another process, or past the CPU: write protection misses that
+        if device.type.startswith(("vhost-user", "vfio-")):
+            return f"device {device.id or device.type} ({device.type}) writes RAM unseen"
+    return ""
