@@ -48,8 +48,7 @@ class PlannedDisk:
         laid: list[Action] = [Snapshot(top.name, self.overlay.node)]
         if self.bitmap is not None:
             # raw has no room for one: it ends with this QEMU
-            keeps = top.driver == "qcow2"
-            laid.insert(0, AddBitmap(top.name, self.bitmap, persistent=keeps))
+            laid.insert(0, AddBitmap(top.name, self.bitmap, persistent=top.keeps_bitmaps))
         return laid
 
     def shown(self) -> dict[str, Any]:

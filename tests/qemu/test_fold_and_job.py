@@ -260,10 +260,10 @@ def _version_two(folder: Path) -> None:
 
 
 async def test_an_image_of_version_two_takes_a_bitmap_for_as_long_as_qemu_lives(
-    qemu72: Path, short: Path
+    qemu: Path, short: Path
 ) -> None:
     _version_two(short)
-    async with _layers(qemu72, short, images=False) as it:
+    async with _layers(qemu, short, images=False) as it:
         top = await it.lay("top")
         await it.add(top, _ONE)
         it.write(1)

@@ -45,7 +45,7 @@ class Layer(Protocol):
     @property
     def name(self) -> NodeName: ...
     @property
-    def driver(self) -> str: ...
+    def keeps_bitmaps(self) -> bool: ...
     @property
     def bitmaps(self) -> tuple[Bitmap, ...]: ...
 
@@ -122,8 +122,8 @@ def classify(chain: Sequence[Layer], wanted: str) -> tuple[Standing, int | None,
                 standing, why = _judged(one)
                 return standing, depth, f"bitmap {wanted} on {layer.name} {why}" if why else ""
     why = "QEMU was killed, or the image was changed without QEMU"
-    if any(layer.driver == "raw" for layer in chain):
-        why = f"the bitmaps of a raw image end with QEMU; else {why}"
+    if not all(layer.keeps_bitmaps for layer in chain):
+        why = f"those of a raw image (or qcow2 of version 2) end with QEMU; else {why}"
     return Standing.MISSING, None, f"there is no bitmap {wanted}: {why}"
 
 

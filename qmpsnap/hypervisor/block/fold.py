@@ -108,15 +108,12 @@ async def _carry(monitor: Monitor, top: graph.Node, base: graph.Node) -> None:
             if old.usable:
                 continue  # it has recorded the commit
             await bitmap.remove(monitor, base.name, one.name)
-        ways = (True, False) if base.driver == "qcow2" else (False,)
-        for persistent in ways:
-            add = transaction.AddBitmap(base.name, one.name, persistent, one.granularity)
-            merge = transaction.MergeBitmap(base.name, one.name, top.name)
-            try:
-                await transaction.commit(monitor, [add, merge])
-                break
-            except CommandRefused as refused:
-                log.warning("bitmap %s on %s: %s", one.name, base.name, refused)
+        add = transaction.AddBitmap(base.name, one.name, base.keeps_bitmaps, one.granularity)
+        merge = transaction.MergeBitmap(base.name, one.name, top.name)
+        try:
+            await transaction.commit(monitor, [add, merge])
+        except CommandRefused as refused:
+            log.warning("bitmap %s is lost with %s: %s", one.name, top.name, refused)
 
 
 def _disk_of(seen: graph.Graph, node: NodeName) -> graph.Disk | None:

@@ -39,6 +39,12 @@ class Node:
     encrypted: bool = False
     children: tuple[tuple[str, NodeName], ...] = ()
     bitmaps: tuple[Bitmap, ...] = ()
+    compat: str = ""  # of qcow2: "0.10" for version 2, "1.1" for version 3
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Whether bitmaps can be persistent on it."""
+        return self.driver == "qcow2" and self.compat != "0.10"
 
     def child(self, role: str) -> NodeName | None:
         return dict(self.children).get(role)
@@ -160,6 +166,7 @@ def _node(item: dict[str, Any], edges: dict[str, list[tuple[str, NodeName]]]) ->
         encrypted=image.get("encrypted", False),
         children=tuple(edges.get(name, ())),
         bitmaps=listed(item),
+        compat=image.get("format-specific", {}).get("data", {}).get("compat", ""),
     )
 
 
