@@ -18,9 +18,9 @@ from qmpsnap.ids import is_vm_name
 STORE_TIMEOUT = 30.0
 _SYSTEM = Path("/etc/qmpsnap.toml")
 _USER = Path("~/.config/qmpsnap.toml")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -101,10 +101,10 @@ def load(given: Path | None = None) -> Config:
 
 
 def duration(text: str) -> float:
-    """Seconds of `200ms`, `3s`, `2m` or `1h`. Raises UsageError."""
+    """Seconds of `200ms`, `3s`, `2m`, `1h`, `30d` or `4w`. Raises UsageError."""
     found = _DURATION.fullmatch(text.strip())
     if found is None:
-        raise UsageError(f"not a duration: {text!r} (such as 200ms, 3s, 2m, 1h)")
+        raise UsageError(f"not a duration: {text!r} (such as 200ms, 3s, 2m, 1h, 30d)")
     return float(found[1]) * _SECONDS[found[2]]
 
 

@@ -1,0 +1,309 @@
+"""Retention at work: what a policy no longer keeps goes, and what others stand on is merged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+from qmpsnap.engine import delete, dependents, listing, merge, retention
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.protect import is_protected
+from qmpsnap.engine.retention import Policy
+from qmpsnap.engine.roots import Roots, judge
+from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused, VmBusy
+from qmpsnap.host import journal, lock
+from qmpsnap.hypervisor.block import job
+from qmpsnap.store import files, points
+from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.points import Point, Points
+
+log = logging.getLogger(__name__)
+GONE = "deleted"
+"""The state of what `list` shows no more, and whose images are still here."""
+
+_CUT_OFF = "its deletion was cut off"
+_EXPIRED = "no rule keeps it"
+_UNSETTLED = "a run that was cut off has yet to be settled: `qmpsnap recover`"
+
+
+class Fate(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of one snapshot, and why.
+
+    `keep`: nothing changes. `remove`: both halves and all images go. `images`: it is no snapshot
+    any more, but its images stay, for others stand on them. *state* is as `list` says it, or
+    `deleted` for one that was deleted earlier, and whose images had to stay.
+    """
+
+    vm: str
+    id: str
+    taken_at: str | None
+    state: str
+    decision: Literal["keep", "remove", "images"]
+    reasons: list[str]
+
+
+class Pruned(msgspec.Struct, frozen=True, kw_only=True):
+    """*fates*, oldest first. *folded*: overlay files that went back into what lay beneath, *why*:
+    why none did. *failed*: what was to be merged, and could not be."""
+
+    vm: str
+    fates: list[Fate]
+    folded: list[str] = []
+    why: str = ""
+    failed: list[str] = []
+
+
+async def prune(
+    roots: Roots,
+    machine: Machine,
+    policy: Policy,
+    *,
+    dry_run: bool = False,
+    merging: bool = True,
+    report: Report,
+) -> Pruned:
+    """Remove the snapshots that *policy* does not keep, and merge images that only they needed.
+
+    Only whole pairs are removed: everything else is kept, and told. So are protected snapshots,
+    and those that restored machines stand on. A crash at any step is made good by the next call,
+    or by `recover`. With *dry_run* the decisions are the same, and nothing is touched.
+
+    Raises UsageError for an empty policy, VmBusy and MonitorBusy; StoreError and StoreRefused when
+    the store cannot be reached: what was removed by then is removed whole.
+    """
+    vm = machine.name
+    if dry_run:
+        return Pruned(vm=vm, fates=await _foreseen(roots, vm, policy, merging=merging))
+    async with (
+        lock.held(roots.local.lock(vm), "prune"),
+        delete.met(machine) as (monitor, why),
+    ):
+        if monitor is not None and (busy := await job.at_work(monitor)):
+            raise VmBusy(f"QEMU is busy with {', '.join(one.id for one in busy)}")
+        await judge(roots)
+        there = await asyncio.to_thread(points.read, roots.local, vm)
+        await asyncio.to_thread(merge.finish, there, report)
+        fates = await _decided(roots, vm, policy)
+        fates, debts, unreachable = await _removed(roots, vm, fates)
+        fates, failed = await _merged(roots, vm, fates, report, merging=merging)
+        folded = await delete.fold_unkept(roots, machine, monitor) if monitor is not None else []
+        for debt in debts:
+            await asyncio.to_thread(debt.close)
+        if unreachable is not None:
+            raise unreachable
+    return Pruned(vm=vm, fates=fates, folded=folded, why=why, failed=failed)
+
+
+async def _foreseen(roots: Roots, vm: str, policy: Policy, *, merging: bool) -> list[Fate]:
+    fates = await _decided(roots, vm, policy)
+    there = await asyncio.to_thread(points.read, roots.local, vm)
+    going = {fate.id for fate in fates if fate.decision == "remove"}
+    expired = {one.name for one in there if one.kept or one.storage.id in going}
+    plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
+    return _told(there, fates, expired, plan, {}, merging=merging)
+
+
+async def _decided(roots: Roots, vm: str, policy: Policy) -> list[Fate]:
+    entries = await listing.entries(roots, vm)
+    here = [entry.id for entry in entries if entry.local]
+    cut, hindered = await asyncio.to_thread(_debts, roots, vm)
+    protected = {id for id in here if await asyncio.to_thread(is_protected, roots.local, vm, id)}
+    for id in here:
+        if who := await asyncio.to_thread(_who, roots, vm, id):
+            hindered[id] = who
+    return decided(entries, policy, datetime.now(UTC), protected, hindered, cut)
+
+
+def decided(
+    entries: Sequence[Entry],
+    policy: Policy,
+    now: datetime,
+    protected: Collection[str],
+    hindered: Mapping[str, str],
+    cut: Collection[str],
+) -> list[Fate]:
+    """What becomes of each of *entries*. *protected*, *cut* (whose deletion was cut off): IDs;
+    *hindered*: why a snapshot must not go now, by its ID.
+
+    Only pairs are counted: a snapshot that is not whole must not take the place of one that is.
+    """
+    pairs = [
+        (entry.id, datetime.fromisoformat(entry.taken_at))
+        for entry in entries
+        if entry.state == "paired" and entry.taken_at is not None and entry.id not in cut
+    ]
+    kept = {one.id: one for one in retention.decide(pairs, policy, now, set(protected))}
+    fates = []
+    for entry in entries:
+        decision: Literal["keep", "remove"] = "keep"
+        if entry.id in cut and entry.id in hindered:
+            reasons = [hindered[entry.id]]
+        elif entry.id in cut:
+            decision, reasons = "remove", [_CUT_OFF]
+        elif entry.id not in kept:
+            reasons = [f"{entry.state}: {entry.why}"]
+        elif kept[entry.id].keep:
+            reasons = [*kept[entry.id].reasons]
+        elif entry.id in hindered:
+            reasons = [hindered[entry.id]]
+        else:
+            decision, reasons = "remove", [_EXPIRED]
+        fates.append(_fate(entry, decision, reasons))
+    return fates
+
+
+def _fate(entry: Entry, decision: Literal["keep", "remove"], reasons: list[str]) -> Fate:
+    return Fate(
+        vm=entry.vm,
+        id=entry.id,
+        taken_at=entry.taken_at,
+        state=entry.state,
+        decision=decision,
+        reasons=reasons,
+    )
+
+
+def _debts(roots: Roots, vm: str) -> tuple[set[str], dict[str, str]]:
+    """The snapshots whose deletion was cut off; those that the journal owes something else for."""
+    cut: set[str] = set()
+    others: dict[str, str] = {}
+    for record in journal.pending(roots.local.journal(vm)):
+        first = record.lines[0] if record.lines else {}
+        if first.get("verb") == "delete":
+            cut.add(record.id)
+        else:
+            others[str(first.get("of") or record.id)] = _UNSETTLED
+    return cut, others
+
+
+def _who(roots: Roots, vm: str, id: str) -> str:
+    """The restored machines that stand on the snapshot, in words; empty if none does."""
+    folders = [one.folder for one in dependents.standing(roots.local, vm, id)]
+    return f"restored machines stand on it: {', '.join(folders)}" if folders else ""
+
+
+def _standing(roots: Roots, there: Points) -> dict[str, str]:
+    who = {id: _who(roots, there.vm, id) for id in {one.storage.id for one in there}}
+    return {one.name: who[one.storage.id] for one in there if who[one.storage.id]}
+
+
+async def _removed(
+    roots: Roots, vm: str, fates: list[Fate]
+) -> tuple[list[Fate], list[journal.Entry], SnapError | None]:
+    """Do what *fates* say, oldest first; they come back as it came to be.
+
+    With the debts that stand until overlays are folded, and the reason when the store went away on
+    the way: then no more are removed.
+    """
+    going = {fate.id for fate in fates if fate.decision == "remove"}
+    cut, _ = await asyncio.to_thread(_debts, roots, vm)
+    debts: list[journal.Entry] = []
+    for id in sorted(going | cut):
+        debt = await asyncio.to_thread(delete.owed, roots.local.journal(vm), vm, id)
+        # a restore looks for our debt after it has made its note: one of the two sees the other
+        if who := await asyncio.to_thread(_who, roots, vm, id):
+            log.warning("%s %s stays: %s", vm, id, who)
+            await asyncio.to_thread(debt.close)
+            stays = {"decision": "keep", "reasons": [who]}
+            fates = [
+                msgspec.structs.replace(one, **stays) if one.id == id else one for one in fates
+            ]
+            continue
+        try:
+            await delete.removed(roots, vm, id)
+        except (StoreError, StoreRefused) as unreachable:
+            # the local half is whole: a debt would only stand in the way of the next `create`
+            await asyncio.to_thread(debt.close)
+            return fates, debts, unreachable
+        debts.append(debt)
+    return fates, debts, None
+
+
+async def _merged(
+    roots: Roots, vm: str, fates: list[Fate], report: Report, *, merging: bool
+) -> tuple[list[Fate], list[str]]:
+    """Merge what can be; *fates* as they came to be, and what could not be merged."""
+    there = await asyncio.to_thread(points.read, roots.local, vm)
+    expired = {one.name for one in there if one.kept}
+    plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
+    failed: dict[str, str] = {}
+    merged = False
+    for top in dict.fromkeys(run.top for run in plan.runs) if merging else []:
+        runs = [run for run in plan.runs if run.top == top]
+        try:
+            await merge.merge(there, there.by_name[top], runs, report)
+        except SnapError as trouble:
+            log.warning("%s: nothing is merged into %s: %s", vm, top, trouble)
+            failed[top] = str(trouble)
+        else:
+            merged = True
+    if merged:
+        await asyncio.to_thread(_swept, roots, vm)
+    told = _told(there, fates, expired, plan, failed, merging=merging)
+    return told, [f"{top}: {why}" for top, why in failed.items()]
+
+
+def _swept(roots: Roots, vm: str) -> None:
+    with files.told(roots.local.vm(vm), LocalFailed):
+        delete.sweep(roots, vm)
+
+
+def _told(
+    there: Points,
+    fates: list[Fate],
+    expired: Collection[str],
+    plan: merge.Plan,
+    failed: Mapping[str, str],
+    *,
+    merging: bool,
+) -> list[Fate]:
+    """*fates* with what becomes of the images of the *expired* points, earlier ones among them.
+
+    *failed*: the points that nothing could be merged into, and why.
+    """
+    needed = there.needed({one.name for one in there if one.name not in expired})
+    reasons: dict[str, list[str]] = {}
+    stay: set[str] = set()
+    for point in there:
+        if point.name not in expired or point.name not in needed | plan.stuck.keys():
+            continue
+        into = plan.into(point.name) if merging else []
+        trouble = [
+            f"could not be merged into {top}: {failed[top]}" for top in into if top in failed
+        ]
+        if into and not trouble:
+            why = f"images merged into {', '.join(into)}"
+        else:
+            stay.add(point.storage.id)
+            above = ", ".join(one.name for one in there.standing_on(point.name))
+            why = "; ".join(trouble) or plan.stuck.get(point.name) or f"{above} stands on it"
+        reasons.setdefault(point.storage.id, []).append(why)
+    known = {fate.id: fate for fate in fates}
+    for point in there:
+        if point.kept and point.storage.id not in known:
+            known[point.storage.id] = _earlier(point)
+    told = []
+    for id, fate in sorted(known.items()):
+        if fate.decision == "remove":
+            decision: Literal["remove", "images"] = "images" if id in stay else "remove"
+            words = [*fate.reasons, *dict.fromkeys(reasons.get(id, []))]
+            fate = msgspec.structs.replace(fate, decision=decision, reasons=words)
+        told.append(fate)
+    return told
+
+
+def _earlier(point: Point) -> Fate:
+    return Fate(
+        vm=point.storage.vm,
+        id=point.storage.id,
+        taken_at=point.storage.taken_at,
+        state=GONE,
+        decision="remove",
+        reasons=[],
+    )
