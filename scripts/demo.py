@@ -165,7 +165,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 
 def on_disk(image: Path, format: str) -> tuple[str, int]:
-    """What a frozen image holds: nonce and counter, read on the host without the guest."""
+    """What an image holds: nonce and counter, read on the host without the guest."""
     raw = image.with_suffix(".look")
     subprocess.run(["qemu-img", "convert", "-U", "-f", format, "-O", "raw", image, raw], check=True)
     # the file may so far stand in the journal only
@@ -177,6 +177,10 @@ def on_disk(image: Path, format: str) -> tuple[str, int]:
     if found is None:
         raise Wrong(f"{image} holds no record of the witness")
     return found[1].decode(), int(found[2])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def show(folder: Path) -> None:
@@ -196,10 +200,17 @@ def show(folder: Path) -> None:
         print("   THIS IS A TRIAL: the store is a folder of this machine (allow_local_store);")
         print("   in earnest it is an NFS mount, and anything else is refused.")
         run(folder, "qmpsnap", "create", "web", "--max-pause", "2s", "--note", "a trial")
-        disk0, disk1 = on_disk(folder / "d0.qcow2", "qcow2"), on_disk(folder / "d1.raw", "raw")
-        tell("counter at the snapshot, on the frozen disks", f"{disk0[1]} and {disk1[1]}")
+        half = next((folder / "local/web").glob("*/storage.json")).parent
+        disk0, disk1 = on_disk(half / "vd0.qcow2", "qcow2"), on_disk(half / "vd1.raw", "raw")
+        tell("counter at the snapshot, on the copied disks", f"{disk0[1]} and {disk1[1]}")
         _, after = here.counter(beyond=disk0[1] + 100)
         tell("counter after it: the guest runs on", after)
+
+        step("Later the disks have changed: a revision under the same ID, the store untouched")
+        sealed = tree(folder / "store")
+        run(folder, "qmpsnap", "refresh", "web", "--max-pause", "2s")
+        if tree(folder / "store") != sealed:
+            raise Wrong("the refresh changed the store")
         run(folder, "qmpsnap", "list")
         run(folder, "qmpsnap", "show", "web")
 

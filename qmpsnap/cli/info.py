@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from qmpsnap.cli import options
 from qmpsnap.cli.target import Call
 from qmpsnap.cli.verb import verb
 
 EPILOG = """\b
-Example:
+Examples:
   qmpsnap info web --socket /run/web.sock
+  qmpsnap info web --changes --json
 
 \b
 Exit codes: 0 done; 2 usage; 3 the VM is not there, or is busy; 4 failed.
@@ -16,14 +21,25 @@ Exit codes: 0 done; 2 usage; 3 the VM is not there, or is busy; 4 failed.
 
 
 @verb()
-async def info(call: Call, vm: options.Vm) -> None:
+async def info(
+    call: Call,
+    vm: options.Vm,
+    changes: Annotated[
+        bool,
+        typer.Option(
+            "--changes",
+            help="Count what the next increment of each disk would copy. Default: do not.",
+            show_default=False,
+        ),
+    ] = False,
+) -> None:
     """Tell what is possible with a running VM, and why not; the names of its disks too.
 
     Nothing is changed. Works without roots; with --local it tells our overlays from others.
     """
     from qmpsnap.cli.render import in_bytes
 
-    found = await call.engine(roots=False).info(call.machine(vm))
+    found = await call.engine(roots=False).info(call.machine(vm), changes=changes)
     out = call.out
     if out.json:
         out.record(found)
@@ -54,6 +70,23 @@ async def info(call: Call, vm: options.Vm) -> None:
             for disk in found.disks
         ],
     )
+    out.line()
+    out.table(
+        ("DISK", "NEXT COPY", "CHANGED", "WHY"),
+        [
+            [
+                disk.name,
+                disk.level,
+                in_bytes(disk.changed_bytes) if disk.changed_bytes is not None else "-",
+                disk.level_why,
+            ]
+            for disk in found.disks
+            if disk.taken
+        ],
+    )
+    for disk in found.disks:
+        for one in disk.bitmaps:
+            out.line(f"{disk.name}: bitmap {one.name}, {one.standing}, {in_bytes(one.dirty_bytes)}")
     out.line()
     restorable = ["restore", "yes" if found.restorable else "no", found.restorable_why]
     out.table(

@@ -137,7 +137,7 @@ async def _changes(
     assert beneath is not None
     backing = points.images(beneath, disk.label)[0]
     path = folder / f"{disk.label}.qcow2"
-    with _private() as private:
+    with private_folder() as private:
         ranges = await dirty.changed(
             monitor,
             private / "changes",
@@ -217,7 +217,7 @@ def _reserve(disk: PlannedDisk, folder: Path) -> int:
 
 
 @contextmanager
-def _private() -> Iterator[Path]:
+def private_folder() -> Iterator[Path]:
     """A folder for sockets: a path that is short enough for one, and ours alone."""
     folder = Path(tempfile.mkdtemp(prefix="qmpsnap-"))
     try:

@@ -105,9 +105,9 @@ class Engine:
         points = await asyncio.to_thread(read_points, self.roots.local, vm)
         return [one.storage for one in points if one.storage.id == id]
 
-    async def info(self, machine: Machine) -> info.Info:
-        """What can be done with a running VM, and why not."""
-        return await info.info(self.roots, machine)
+    async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
+        """What can be done with a running VM, and why not; *changes*: what an increment copies."""
+        return await info.info(self.roots, machine, changes=changes)
 
     async def verify(
         self, vm: str, word: str = listing.LATEST, *, trial: boot.Trial | None = None

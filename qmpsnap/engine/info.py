@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
 
 from qmpsnap.engine import survey
+from qmpsnap.engine.copy import private_folder
+from qmpsnap.engine.levels import Chosen, Since, choose
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import plan
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.wishes import RamChoice, Wishes
+from qmpsnap.engine.wishes import Level, RamChoice, Wishes
 from qmpsnap.errors import MonitorBusy, SnapError
-from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.ids import SnapshotId
+from qmpsnap.hypervisor.block import bitmap
+from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.hypervisor.nbd import dirty
+from qmpsnap.ids import SnapshotId, disk_labels
+from qmpsnap.store.points import Points
+from qmpsnap.store.points import read as read_points
+
+
+class BitmapInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A dirty bitmap of the disk, on the image *node*; *standing* is what it is good for."""
+
+    name: str
+    node: str
+    standing: str
+    dirty_bytes: int
 
 
 class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A drive that the guest sees. *names* are what -i and -x take; *layers* are ours."""
+    """A drive that the guest sees. *names* are what -i and -x take; *layers* are ours.
+
+    *level* is what `create --level auto` would make of it, *changed_bytes* what an increment would
+    copy, if that was asked for and there can be one.
+    """
 
     name: str
     names: list[str]
@@ -29,6 +49,10 @@ class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     taken: bool
     why: str
+    level: str = ""
+    level_why: str = ""
+    bitmaps: list[BitmapInfo] = []
+    changed_bytes: int | None = None
 
 
 class Possibility(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,12 +80,23 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     restorable_why: str
 
 
-async def info(roots: Roots, machine: Machine) -> Info:
-    """Ask the VM; nothing is changed. Raises MonitorAbsent, MonitorBusy, VmBusy."""
+async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info:
+    """Ask the VM; nothing is changed. *changes*: count what the next increment would copy.
+
+    Raises MonitorAbsent, MonitorBusy, VmBusy (also when its NBD server is somebody else's, and
+    *changes* were asked for).
+    """
     layers = roots.local.layers(machine.name)
+    points = await asyncio.to_thread(read_points, roots.local, machine.name)
+    changed: dict[str, int] = {}
     try:
         async with connect(machine.socket) as monitor:
             facts = await survey.take(monitor, machine, layers)
+            chosen = await asyncio.to_thread(_levels, facts, points)
+            if changes:
+                for name, one in chosen.items():
+                    if one.since is not None:
+                        changed[name] = await _changed(monitor, facts, name, one.since)
     except MonitorBusy as busy:
         raise survey.explain_busy(busy, machine.socket) from busy
     return Info(
@@ -75,14 +110,47 @@ async def info(roots: Roots, machine: Machine) -> Info:
         ram_bytes=facts.ram_bytes,
         agent=str(facts.agent) if facts.agent else None,
         agent_trouble=facts.agent_trouble,
-        disks=[_disk(site) for site in facts.sites],
+        disks=[_disk(site, chosen.get(site.name), changed.get(site.name)) for site in facts.sites],
         possibilities=[_possible(facts, choice, layers) for choice in RamChoice],
         restorable=facts.attached is not None,
         restorable_why=facts.problem,
     )
 
 
-def _disk(site: survey.Site) -> DiskInfo:
+def _levels(facts: survey.Survey, points: Points) -> dict[str, Chosen]:
+    taken = [site for site in facts.sites if site.disk.chain and not site.disk.read_only]
+    return {
+        site.name: choose(Level.AUTO, site, disk_labels([site.name])[0], points) for site in taken
+    }
+
+
+async def _changed(monitor: Monitor, facts: survey.Survey, name: str, since: Since) -> int:
+    site = next(site for site in facts.sites if site.name == name)
+    with private_folder() as folder:
+        ranges = await dirty.changed(
+            monitor,
+            folder / "changes",
+            site.disk.top.name,
+            bitmap=since.bitmap,
+            layers=since.layers,
+        )
+    return sum(length for _, length in ranges)
+
+
+def _bitmaps(site: survey.Site) -> list[BitmapInfo]:
+    return [
+        BitmapInfo(
+            name=one.name,
+            node=node.name,
+            standing=str(bitmap.classify([node], one.name)[0]),
+            dirty_bytes=one.count,
+        )
+        for node in site.disk.chain
+        for one in node.bitmaps
+    ]
+
+
+def _disk(site: survey.Site, chosen: Chosen | None, changed: int | None) -> DiskInfo:
     disk = site.disk
     why = disk.trouble or ("empty drive" if not disk.chain else "")
     why = why or ("read-only" if disk.read_only else "")
@@ -97,6 +165,10 @@ def _disk(site: survey.Site) -> DiskInfo:
         layers=site.layers,
         taken=not why,
         why=why,
+        level=chosen.level.value if chosen and not why else "",
+        level_why=chosen.reason if chosen and not why else "",
+        bitmaps=_bitmaps(site),
+        changed_bytes=changed,
     )
 
 
