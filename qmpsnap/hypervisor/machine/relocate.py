@@ -53,20 +53,22 @@ def relocate(
     paused: bool,
     qmp: Path,
     agent: Path | None = None,
+    isolated: bool = False,
 ) -> Relocated:
     """The command line of a restore of *cmdline*, which was started in *cwd*.
 
     *disks* has the new qcow2 image of each disk, by node name (-blockdev), or by id or
     `drive:INDEX` (-drive and its short forms: see `drives.slots`). What the machine writes goes
     under *into*; QMP listens on *qmp*, the guest agent's socket is *agent* or under *into*.
-    Nothing is opened; only firmware named without a folder is looked for in *cwd*.
+    Nothing is opened; only firmware named without a folder is looked for in *cwd*. An *isolated*
+    machine keeps its network cards, and no packet of theirs goes anywhere.
 
     Raises Blocked, naming the option, for what no second machine can have, and UsageError for a
     command line that QEMU would not take.
     """
     line = applied_sets(cmdline)
     taken = {str(path) for path in (*disks.values(), qmp, agent) if path is not None}
-    scene = Scene(line, cwd, into, disks, agent, taken)
+    scene = Scene(line, cwd, into, disks, agent, taken, isolated=isolated, incoming=incoming)
     rules = RULES | {"blockdev": _blockdevs(scene)}
     unknown = sorted({option.name for option in line.options} - rules.keys())
     if unknown:
@@ -74,7 +76,7 @@ def relocate(
     _know_all(scene)
     new = line.replace(lambda index, option: rules[option.name](scene, index, option))
     new = _with_machine(new, line, machine_type)
-    new = new.append(*_ending(scene, new, incoming, paused), *control(qmp))
+    new = new.append(*_ending(scene, new, incoming, paused), *wires.unspoken(scene), *control(qmp))
     return Relocated(new, scene.notices, scene.moved, _moved_agent(new))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.machine.cmdline import Option
 from qmpsnap.hypervisor.machine.keyval import Fields
@@ -14,6 +16,8 @@ _OUTSIDE = ("vhost-user-", "vhost-scsi", "vfio-", "usb-host", "usb-redir", "scsi
 _OUTSIDE_OBJECTS = ("cryptodev-vhost-user", "x-remote-object", "x-vfio-user-server", "input-linux",
                     "dbus-vmstate", "vhost-user-backend")  # fmt: skip
 
+_FIRST_CID = 1 << 30  # beside those that anybody numbers by hand
+
 
 def device(scene: Scene, _index: int, option: Option) -> list[Option]:
     """-device: kept, unless it is a door to something outside of the machine."""
@@ -23,9 +27,13 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
     refuse_descriptors(view.fields, name)
     if driver.startswith(_OUTSIDE):
         raise Blocked(f"{name}: {driver} is of this host, its state is not in the snapshot")
-    if driver.startswith("vhost-vsock"):
-        scene.note(f"{name}: keeps its guest CID, which the original must not use any more")
     fields = view.fields
+    if driver.startswith("vhost-vsock") and scene.isolated:
+        # the original runs on, and has its own; a guest is told of a new one when it is loaded
+        cid = _FIRST_CID + secrets.randbelow(1 << 30)
+        fields = fields.set("guest-cid", cid if fields.json else str(cid))
+    elif driver.startswith("vhost-vsock"):
+        scene.note(f"{name}: keeps its guest CID, which the original must not use any more")
     if rom := fields.get("romfile"):
         fields = fields.set("romfile", scene.rom(rom))
     for key in ("file", "kernel", "initrd") if driver in ("loader", "guest-loader") else ():

@@ -17,7 +17,10 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 @dataclass(slots=True)
 class Scene:
-    """One relocation at work: where from, where to, and what was decided on the way."""
+    """One relocation at work: where from, where to, and what was decided on the way.
+
+    *isolated*: no packet leaves the machine. *incoming*: a captured state will be loaded into it.
+    """
 
     line: CommandLine
     cwd: Path
@@ -27,6 +30,8 @@ class Scene:
     taken: set[str]
     notices: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
+    isolated: bool = False
+    incoming: bool = False
 
     def note(self, text: str) -> None:
         if text not in self.notices:

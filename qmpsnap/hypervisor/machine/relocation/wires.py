@@ -32,6 +32,8 @@ def network(scene: Scene, index: int, option: Option) -> list[Option]:
     kind = fields.get("type")
     if kind in _KEPT:
         return [option]
+    if scene.isolated and kind in ("user", "tap", "bridge"):
+        return [option_of(option.name, _isolated(scene, fields, name))]
     if kind == "user":
         left = fields.without(*_TO_THE_HOST)
         if left.pairs == fields.pairs:
@@ -49,6 +51,13 @@ def network(scene: Scene, index: int, option: Option) -> list[Option]:
     if option.name == "net":
         return []
     return [option_of(option.name, _unplugged(fields, index))]
+
+
+def unspoken(scene: Scene) -> list[Option]:
+    """The network that QEMU gives a machine whose command line says nothing of one."""
+    if not scene.isolated or scene.line.has("nodefaults", "net", "nic", "netdev"):
+        return []
+    return [Option("net", "nic"), Option("net", "user,restrict=on")]
 
 
 def display(scene: Scene, _index: int, option: Option) -> list[Option]:
@@ -102,6 +111,18 @@ def spice(scene: Scene, _index: int, option: Option) -> list[Option]:
         scene.note(f"{option}: served on {address} instead of the network")
     kept = fields.without(*_SPICE_NET)
     return [option_of("spice", replace(kept, pairs=(("unix", "on"), ("addr", address), *kept)))]
+
+
+def _isolated(scene: Scene, fields: Fields, name: str) -> Fields:
+    """A network of the card's own, which answers to DHCP, so that no boot waits for that."""
+    restrict = True if fields.json else "on"
+    if fields.get("type") == "user":
+        return fields.without(*_TO_THE_HOST).set("restrict", restrict)
+    if scene.incoming:
+        return _fresh_tap(scene, fields.set("type", "tap"), name)
+    scene.note(f"{name}: was of type {fields.get('type')}, now not connected")
+    kept = fields.keep(lambda key: key in _OF_A_NIC)
+    return replace(kept, pairs=(("type", "user"), *kept)).set("restrict", restrict)
 
 
 def _fresh_tap(scene: Scene, fields: Fields, name: str) -> Fields:
