@@ -1,37 +1,109 @@
-"""`qmpsnap verify`: is a snapshot still what its manifests say?"""
+"""`qmpsnap verify`: is a snapshot still what its manifests say, and does it come back?"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from qmpsnap.cli import options
-from qmpsnap.cli.target import Call, snapshot
+from qmpsnap.cli.target import Call, duration, snapshot
 from qmpsnap.cli.verb import verb
+
+if TYPE_CHECKING:
+    from qmpsnap.engine.boot import Boot
+
+_WITHIN = "60s"
 
 EPILOG = """\b
 Examples:
   qmpsnap verify web
   qmpsnap verify web 20261122T165057123Z --json
+  qmpsnap verify web --boot
+  qmpsnap verify web --boot --cold --boot-within 3m
 
 \b
-Exit codes: 0 all is well; 2 usage; 3 no such snapshot; 4 it could not be looked
-at; 7 damaged data found; 130, 143.
+Exit codes: 0 all is well; 2 usage; 3 no such snapshot, or --boot is not possible;
+4 it could not be looked at; 7 damaged data found, or a boot that failed; 130, 143.
 """
 
 
 @verb()
-async def verify(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
+async def verify(
+    call: Call,
+    vm: options.Vm,
+    id: options.Id = "latest",
+    *,
+    boot: Annotated[
+        bool,
+        typer.Option(
+            "--boot",
+            help="Also bring it back for a moment, on no network, and see that the guest goes on "
+            "with its RAM (without RAM: boots) and that its agent answers. Default: read only.",
+            show_default=False,
+        ),
+    ] = False,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="With --boot: boot the disks, without the RAM. Default: with the RAM, if it "
+            "was taken.",
+            show_default=False,
+        ),
+    ] = False,
+    boot_within: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help=f"With --boot: how long the guest's agent may take to answer. Default: {_WITHIN}.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --boot: this revision of the disks; any but 0 is booted cold. Default: 0, "
+            "the newest with --cold.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Read and check all of one snapshot: digests, chains of disk images, and the pair."""
-    from qmpsnap.errors import DamagedData
+    from qmpsnap.engine.boot import Trial
+    from qmpsnap.errors import DamagedData, UsageError
 
     call.machine(vm, reach=False)
+    trial = None
+    within = duration("--boot-within", boot_within or _WITHIN)
+    if boot:
+        trial = Trial(cold=cold, within=within, revision=revision)
+    elif cold or boot_within is not None or revision is not None:
+        raise UsageError("--cold, --boot-within and --revision are about --boot")
     call.out.expect_progress()
-    found = await call.engine().verify(vm, snapshot(id))
+    found = await call.engine().verify(vm, snapshot(id), trial=trial)
     out = call.out
     if out.json:
         out.record(found)
-    elif not found.findings:
-        out.line(f"{found.vm} {found.id}: {found.state}, all is well")
     else:
-        out.table(("WHERE", "WHAT"), [[one.where, one.what] for one in found.findings])
+        if not found.findings:
+            out.line(f"{found.vm} {found.id}: {found.state}, all is well")
+        if found.boot is not None and not found.boot.problem:
+            out.line(_seen(found.boot))
+        if found.findings:
+            out.table(("WHERE", "WHAT"), [[one.where, one.what] for one in found.findings])
     if found.findings:
         count = len(found.findings)
         raise DamagedData(f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}")
+
+
+def _seen(boot: Boot) -> str:
+    from qmpsnap.cli.render import in_ms
+
+    how = "went on with its RAM" if boot.ram else f"booted from revision {boot.revision}"
+    asked = f"the agent answered after {in_ms(boot.answered_ms)}"
+    if boot.agent == "absent":
+        asked = "there was no agent to ask"
+    return f"brought back: {how}, ran after {in_ms(boot.running_ms)}; {asked}"

@@ -1,69 +1,95 @@
-"""Looking whether a snapshot is what its manifests say: every byte of the store half is read."""
+"""Looking whether a snapshot is what its manifests say: every byte that we wrote is read."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import msgspec
 
+from qmpsnap.engine import boot, chains
+from qmpsnap.engine.boot import Boot, Trial
 from qmpsnap.engine.capture import Report
-from qmpsnap.engine.half import open_pair
+from qmpsnap.engine.chains import Finding
+from qmpsnap.engine.half import Pair, open_pair
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, SnapError
-from qmpsnap.host import qemu_img
-from qmpsnap.store import files, image, local
+from qmpsnap.store import files, local
 from qmpsnap.store.catalogue import Entry
-from qmpsnap.store.manifest import Disk
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is wrong: *what*, with the file or half that it is about."""
-
-    where: str
-    what: str
+from qmpsnap.store.layout import STORAGE
+from qmpsnap.store.manifest import Manifest, Paired, decode
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
-    """*findings* is empty when all is well."""
+    """*findings* is empty when all is well; *boot* is None when none was tried."""
 
     id: str
     vm: str
     state: str
     findings: list[Finding]
+    boot: Boot | None = None
 
 
-async def verify(roots: Roots, vm: str, word: str, report: Report) -> Verified:
-    """Check digests, the chains of frozen images, and that the two halves name each other.
+async def verify(
+    roots: Roots, vm: str, word: str, report: Report, trial: Trial | None = None
+) -> Verified:
+    """Check digests, the images of all revisions, and that the two halves name each other.
 
-    What is wrong comes back as findings; raises only when it cannot be looked at.
+    With *trial* the snapshot is also brought back once; a snapshot that is no pair any more is
+    not, and its findings say why.
+
+    What is wrong comes back as findings; raises only when it cannot be looked at: StoreError,
+    LocalFailed, and Refused for a *trial* that this host or this snapshot does not allow.
     """
     entry = await find(roots, vm, word)
+
+    def tell(done: int, total: int) -> None:
+        report("verifying", done, total)
+
     findings: list[Finding] = []
+    pair: Pair | None = None
     try:
         pair = await open_pair(roots, entry)
     except DamagedData as damaged:
         findings.append(Finding(where=entry.id, what=str(damaged)))
         findings += await _of_the_store(roots, entry)
-        return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings)
+    else:
+        if trial is not None:
+            trial = await asyncio.to_thread(boot.settled, pair, trial)
+        findings += await _of_the_pair(pair, report)
+    if entry.local:
+        findings += await chains.check(roots.local, vm, entry.id, tell)
+    seen = None
+    if pair is not None and trial is not None:
+        try:
+            seen = await boot.boot(pair, trial, report)
+        except SnapError as failed:
+            if not findings:
+                raise
+            findings.append(Finding(where="boot", what=f"could not be tried: {failed}"))
+        else:
+            if seen.problem:
+                findings.append(Finding(where="boot", what=seen.problem))
+    return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings, boot=seen)
+
+
+async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
+    """What is wrong with the files of a store half, wherever it is now."""
 
     def tell(done: int, total: int, what: str) -> None:
         report("verifying", done, total)
 
-    if pair.spooled:
-        for one in pair.manifest.files:
-            path = roots.local.spool(vm, entry.id) / one.name
-            try:
-                await asyncio.to_thread(files.expect, path, one, side=LocalFailed)
-            except (DamagedData, LocalFailed) as damaged:
-                findings.append(Finding(where=one.name, what=str(damaged)))
-    else:
-        problems = await roots.store.verify(vm, entry.id, seal=pair.seal, on_progress=tell)
-        findings += [Finding(where=problem.file, what=problem.what) for problem in problems]
-    for disk in pair.storage.disks:
-        findings += await _chain(disk)
-    return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings)
+    roots, findings = pair.roots, []
+    if not pair.spooled:
+        problems = await roots.store.verify(pair.vm, pair.id, seal=pair.seal, on_progress=tell)
+        return [Finding(where=problem.file, what=problem.what) for problem in problems]
+    for one in pair.manifest.files:
+        path = roots.local.spool(pair.vm, pair.id) / one.name
+        try:
+            await asyncio.to_thread(files.expect, path, one, side=LocalFailed)
+        except (DamagedData, LocalFailed) as damaged:
+            findings.append(Finding(where=one.name, what=str(damaged)))
+    return findings
 
 
 async def _of_the_store(roots: Roots, entry: Entry) -> list[Finding]:
@@ -75,21 +101,22 @@ async def _of_the_store(roots: Roots, entry: Entry) -> list[Finding]:
     if paired is None:
         return []
     problems = await roots.store.verify(entry.vm, entry.id, seal=paired.manifest_blake3)
-    return [Finding(where=problem.file, what=problem.what) for problem in problems]
+    findings = [Finding(where=problem.file, what=problem.what) for problem in problems]
+    return findings + await _of_the_seal(roots, entry, paired)
 
 
-async def _chain(disk: Disk) -> list[Finding]:
-    findings = []
-    for one in disk.chain:
-        try:
-            difference = await asyncio.to_thread(image.changed, one)
-            if difference is None and one.format == "qcow2":
-                # the VM has it open beneath its overlay: look without taking its locks
-                health = await qemu_img.check(Path(one.path), one.format, force_share=True)
-                if health.corruptions:
-                    difference = f"qemu-img check: {health.corruptions} corruptions"
-        except SnapError as failed:
-            difference = str(failed)
-        if difference is not None:
-            findings.append(Finding(where=f"disk {disk.device}", what=difference))
-    return findings
+async def _of_the_seal(roots: Roots, entry: Entry, paired: Paired) -> list[Finding]:
+    """Whether it is the local half's manifest that changed since the two halves were paired."""
+    found = (await roots.store.catalogue(entry.vm)).found
+    seal = next((one for one in found if one.id == entry.id), None)
+    if seal is None or seal.manifest is None or seal.manifest_blake3 != paired.manifest_blake3:
+        return []
+    path = roots.local.storage(entry.vm, entry.id)
+    try:
+        now = await asyncio.to_thread(local.storage_digest, roots.local, entry.vm, entry.id)
+        manifest = decode(seal.manifest.encode(), Manifest, path)
+    except SnapError:
+        return []  # it is a finding already
+    if now == manifest.storage_blake3:
+        return []
+    return [Finding(where=STORAGE, what=f"{path}: is not what the store half names (BLAKE3)")]

@@ -1,0 +1,188 @@
+"""Looking at the images of a snapshot, whatever they stand on: whole, unchanged, on one another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.errors import DamagedData, LocalFailed, SnapError
+from qmpsnap.host import qemu_img
+from qmpsnap.store import digests, image, points
+from qmpsnap.store.files import told
+from qmpsnap.store.layout import DIGESTS, STORAGE, LocalRoot
+from qmpsnap.store.manifest import Image
+from qmpsnap.store.points import Point, Points
+
+Tell = Callable[[int, int], None]
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that is wrong: *what*, with the file or half that it is about."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """The points that can be read, and what is wrong with the folders of the others."""
+
+    points: Points
+    broken: dict[str, str]
+
+
+async def check(root: LocalRoot, vm: str, id: str, tell: Tell) -> list[Finding]:
+    """What is wrong with the images of the snapshot *id*, of all its revisions.
+
+    Every image is looked at once, also those of the points beneath: that it is the file that was
+    frozen or written, that its tables are sound, and that it names the one beneath it.
+
+    Raises LocalFailed when the folders themselves cannot be read.
+    """
+    local = await asyncio.to_thread(_read, root, vm)
+    own = await asyncio.to_thread(_own, root, vm, id)
+    findings = [
+        Finding(where=name, what=local.broken[name]) for name in own if name in local.broken
+    ]
+    chains: dict[tuple[Image, ...], str] = {}
+    for name in own:
+        if (point := local.points.by_name.get(name)) is None:
+            continue
+        for disk in point.storage.disks:
+            try:
+                chain = tuple(local.points.images(point, disk.label))
+            except DamagedData as damaged:
+                findings.append(Finding(where=f"disk {disk.device}", what=str(damaged)))
+                findings += _beneath(local, point, disk.label)
+                continue
+            chains.setdefault(chain, f"disk {disk.device}")
+    findings += await asyncio.to_thread(_digests, local, set(own), tell)
+    seen: set[tuple[Image, Image | None]] = set()
+    for chain, where in chains.items():
+        for one, beneath in zip_longest(chain, chain[1:]):
+            if (one, beneath) not in seen:
+                seen.add((one, beneath))
+                findings += [Finding(where=where, what=what) for what in await _image(one, beneath)]
+    return _once(findings)
+
+
+def _read(root: LocalRoot, vm: str) -> _Local:
+    """Unlike `points.read`, what is damaged does not hide what is not."""
+    found: dict[str, Point] = {}
+    broken: dict[str, str] = {}
+    with told(root.path, LocalFailed):
+        folders = [name for id in root.ids(vm) for name in _own(root, vm, str(id))]
+    for name in folders:
+        folder = root.point(vm, name)
+        try:
+            point = points.read_one(folder)
+        except SnapError as wrong:
+            broken[name] = str(wrong)
+            continue
+        if point is None:
+            if (folder / DIGESTS).exists():
+                broken[name] = f"{folder / STORAGE}: is missing"
+            continue
+        if (point.storage.vm, point.name) != (vm, name):
+            broken[name] = f"{folder}: is of {point.storage.vm} {point.name}"
+            continue
+        found[name] = point
+    return _Local(Points(vm, found), broken)
+
+
+def _own(root: LocalRoot, vm: str, id: str) -> list[str]:
+    """The names of the snapshot and of its revisions, sealed or not."""
+    with told(root.snapshot(vm, id), LocalFailed):
+        return [id, *(f"{id}/{revision}" for revision in root.revisions(vm, id))]
+
+
+def _beneath(local: _Local, point: Point, label: str) -> list[Finding]:
+    """Why the chain of *label* ends: the point where it does may be there, and damaged."""
+    passed: set[str] = set()
+    while (disk := point.disk(label)) is not None and disk.parent not in {None, *passed}:
+        name = str(disk.parent)
+        if name in local.broken:
+            return [Finding(where=name, what=local.broken[name])]
+        if (beneath := local.points.by_name.get(name)) is None:
+            break
+        passed.add(name)
+        point = beneath
+    return []
+
+
+def _digests(local: _Local, own: set[str], tell: Tell) -> list[Finding]:
+    found = []
+    for name in sorted(local.points.needed(own)):
+        point = local.points.by_name[name]
+        written = {
+            Path(disk.chain[0].path).name: disk
+            for disk in point.storage.disks
+            if disk.level != "overlay"
+        }
+        if not written:
+            continue
+        for file, what in digests.check(
+            point.folder, list(written), lambda done, total, _what: tell(done, total)
+        ):
+            where = f"disk {written[file].device}" if file in written else f"{name}/{file}"
+            found.append(Finding(where=where, what=what))
+    return found
+
+
+async def _image(one: Image, beneath: Image | None) -> list[str]:
+    try:
+        if (difference := await asyncio.to_thread(image.changed, one)) is not None:
+            return [difference]
+        if one.format != "qcow2":
+            return [] if beneath is None else [f"{one.path}: is {one.format}, on {beneath.path}"]
+        # the VM has it open beneath its overlay: look without taking its locks
+        health = await qemu_img.check(Path(one.path), one.format, force_share=True)
+        found = [f"{one.path}: qemu-img check: {health.corruptions} corruptions"]
+        return (found if health.corruptions else []) + await _header(one, beneath)
+    except SnapError as failed:
+        return [str(failed)]
+
+
+async def _header(one: Image, beneath: Image | None) -> list[str]:
+    """What the image itself says of its size and of what it stands on."""
+    header = await qemu_img.info(Path(one.path), one.format)
+    found = []
+    if header.virtual_size_bytes != one.virtual_size_bytes:
+        sizes = f"{header.virtual_size_bytes} bytes, not {one.virtual_size_bytes}"
+        found.append(f"{one.path}: is of {sizes}")
+    named = _file(header.backing or "")
+    wanted = beneath.path if beneath is not None else ""
+    if not await asyncio.to_thread(_same, named, wanted):
+        found.append(f"{one.path}: stands on {named or 'nothing'}, not on {wanted or 'nothing'}")
+    elif beneath is not None and header.backing_format not in (None, beneath.format):
+        formats = f"{header.backing_format}, not {beneath.format}"
+        found.append(f"{one.path}: takes {wanted} for {formats}")
+    return found
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or bool(one and other and os.path.realpath(one) == os.path.realpath(other))
+
+
+def _file(name: str) -> str:
+    """The file that a backing string means, also where QEMU spelled it as JSON."""
+    if not name.startswith("json:"):
+        return name.removeprefix("file:")
+    try:
+        tree = json.loads(name.removeprefix("json:"))
+    except ValueError:
+        return name
+    while isinstance(tree, dict):
+        tree = tree.get("file.filename") or tree.get("filename") or tree.get("file")
+    return str(tree or name)
+
+
+def _once(findings: Iterable[Finding]) -> list[Finding]:
+    return list(dict.fromkeys(findings))
