@@ -134,19 +134,102 @@ async def convert(
     dst_fmt: str,
     on_progress: Callable[[float], None] | None = None,
     *,
+    compress: bool = False,
+    rate: int | None = None,
+    backing: tuple[str, str] | None = None,
     force_share: bool = False,
     binary: str = "qemu-img",
 ) -> None:
     """Write what a guest would read from *src* into the new file *dst* (mode 0600, durable).
 
-    *on_progress* is told the part done, 0 to 1.
+    With *backing*, a name as it is to be written (relative to *dst*'s folder, or absolute) and a
+    format, only what *src* itself holds is written: what lies beneath *src* must read as *backing*
+    does. *rate* is in bytes a second. *on_progress* is told the part done, 0 to 1.
 
     Raises LocalFailed, also when *dst* exists; nothing new is left behind then.
     """
     arguments = ["convert", "-p", "-f", fmt, "-O", dst_fmt, *["-U"] * force_share]
+    arguments += ["-c"] * compress
+    arguments += ["-r", str(rate)] if rate is not None else []
+    arguments += ["-B", backing[0], "-F", backing[1]] if backing is not None else []
     await _make(
         dst, [*arguments, _spelled(src), _spelled(dst)], binary=binary, on_progress=on_progress
     )
+
+
+async def strip_bitmaps(path: Path, *, binary: str = "qemu-img") -> list[str]:
+    """Remove every dirty bitmap from the qcow2 *path*, durably, and give their names.
+
+    Also one that is marked inconsistent, or as in use by whoever had the image when it was copied.
+    Nobody may use *path*: there is no way around the lock, as the header is written.
+
+    Raises LocalFailed; some of the bitmaps may be gone then.
+    """
+    names = (await info(path, "qcow2", force_share=False, binary=binary)).bitmaps
+    for name in names:
+        await _run(["bitmap", "--remove", "-f", "qcow2", "--", _spelled(path), name], binary=binary)
+    if names:
+        await asyncio.to_thread(_sync, path)
+    return names
+
+
+async def set_backing(path: Path, backing: str, format: str, *, binary: str = "qemu-img") -> None:
+    """Write another name and format of the backing file into the qcow2 *path*, durably.
+
+    The name is written as it is given: relative to *path*'s folder, or absolute. It is not opened,
+    and must read as the old one does. Nobody may use *path*.
+
+    Raises LocalFailed.
+    """
+    arguments = ["rebase", "-u", "-f", "qcow2", "-b", backing, "-F", format]
+    await _run([*arguments, _spelled(path)], binary=binary)
+    await asyncio.to_thread(_sync, path)
+
+
+async def rebase(
+    path: Path,
+    backing: str,
+    format: str,
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    binary: str = "qemu-img",
+) -> None:
+    """Put the qcow2 *path* on another image, durably, without a change of what it reads as.
+
+    What the images between the two hold is written into *path*; they are only read. *backing* is
+    written as it is given: relative to *path*'s folder, or absolute. Nobody may use *path*.
+
+    Raises LocalFailed: *path* reads as before then, and may hold a part of it.
+    """
+    arguments = ["rebase", "-p", "-f", "qcow2", "-b", backing, "-F", format]
+    await _run([*arguments, _spelled(path)], binary=binary, on_progress=on_progress)
+    await asyncio.to_thread(_sync, path)
+
+
+async def same(one: Path, other: Path, format: str, *, binary: str = "qemu-img") -> bool:
+    """Whether a guest would read the same from both. Raises LocalFailed."""
+    arguments = ["compare", "-f", format, "-F", format, _spelled(one), _spelled(other)]
+    said = await _run(arguments, binary=binary, accept={0, 1})
+    return b"Images are identical." in said
+
+
+class _Extent(msgspec.Struct, frozen=True):
+    start: int
+    length: int
+    depth: int
+    present: bool = True
+
+
+async def allocated(
+    path: Path, format: str, layers: int, *, binary: str = "qemu-img"
+) -> list[tuple[int, int]]:
+    """The ranges (offset, length) of *path* that its top *layers* images hold, zeros too.
+
+    Raises LocalFailed.
+    """
+    arguments = ["map", "--output=json", "-U", "-f", format, _spelled(path)]
+    extents = _decode(await _run(arguments, binary=binary), list[_Extent], path)
+    return [(one.start, one.length) for one in extents if one.present and one.depth < layers]
 
 
 async def commit(path: Path, format: str, *, binary: str = "qemu-img") -> None:

@@ -1,7 +1,11 @@
 import asyncio
+import json
 import os
 import shutil
 import stat
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +128,92 @@ async def test_cancelled_in_the_middle(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert names(tmp_path) == ["started", "stuck"]
+
+
+def qemu(*words):
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def bits(image):
+    """The names of the bitmaps, and whether one is marked as in use."""
+    told = json.loads(qemu("qemu-img", "info", "-U", "--output=json", image))
+    found = told["format-specific"]["data"].get("bitmaps", [])
+    return {one["name"] for one in found}, any("in-use" in one["flags"] for one in found)
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """A qcow2 of the guest's own with two bitmaps, one of an awkward name."""
+    path = tmp_path / "marked.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE))
+    for name in ("qmpsnap:vm:vda:20261122T165057123Z", "--a b, c"):
+        qemu("qemu-img", "bitmap", "--add", "-f", "qcow2", "--", path, name)
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 1M 1M", path)
+    return path
+
+
+async def test_bitmaps_are_stripped_and_the_bytes_stay(marked):
+    assert bits(marked) == ({"qmpsnap:vm:vda:20261122T165057123Z", "--a b, c"}, False)
+    assert len(await qemu_img.strip_bitmaps(marked)) == 2
+    assert bits(marked) == (set(), False)
+    assert await qemu_img.check(marked, "qcow2") == qemu_img.Health()
+    assert "Pattern verification failed" not in qemu(
+        "qemu-io", "-f", "qcow2", "-r", "-c", "read -q -P 7 1M 1M", marked
+    )
+    assert await qemu_img.strip_bitmaps(marked) == []
+
+
+async def test_bitmaps_that_were_in_use_are_stripped_from_the_copy_and_not_from_the_image(marked):
+    copy = marked.with_name("copy")
+    user = await asyncio.create_subprocess_exec(
+        "qemu-io", "-f", "qcow2", marked, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert user.stdin is not None
+    assert user.stdout is not None
+    user.stdin.write(b"write 3M 64k\nflush\nmap\n")
+    await user.stdin.drain()
+    while b"bytes" not in await user.stdout.readline():
+        pass
+    shutil.copyfile(marked, copy)
+    with pytest.raises(LocalFailed, match="another process using the image"):
+        await qemu_img.strip_bitmaps(marked)
+    user.kill()
+    await user.wait()
+    assert bits(copy)[1]
+    assert len(await qemu_img.strip_bitmaps(copy)) == 2
+    assert bits(copy) == (set(), False)
+    assert await qemu_img.check(copy, "qcow2") == qemu_img.Health()
+    assert len(bits(marked)[0]) == 2
+
+
+async def test_convert_compressed_and_paced(tmp_path):
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes(b"words " * (SIZE // 6) + bytes(SIZE % 6))
+    await qemu_img.convert(plain, "raw", tmp_path / "small", "qcow2", compress=True)
+    assert (tmp_path / "small").stat().st_size < SIZE / 8
+    begun = time.monotonic()
+    await qemu_img.convert(plain, "raw", tmp_path / "slow", "qcow2", rate=SIZE)
+    assert time.monotonic() - begun > 0.5
+    assert await qemu_img.same(tmp_path / "small", tmp_path / "slow", "qcow2")
+
+
+async def test_convert_the_top_layer_only_and_put_it_on_another_file(base, tmp_path):
+    top, twin = tmp_path / "top.qcow2", tmp_path / "twin.raw"
+    await qemu_img.create_overlay(top, base, "raw", SIZE)
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 1M 64k", top)
+    (tmp_path / "vm").mkdir()
+    copy = tmp_path / "vm/copy.qcow2"
+    await qemu_img.convert(
+        top, "qcow2", copy, "qcow2", compress=True, backing=(f"../{base.name}", "raw")
+    )
+    header = await qemu_img.info(copy, "qcow2")
+    assert (header.backing_as_written, header.backing_format) == (f"../{base.name}", "raw")
+    assert copy.stat().st_size < 512 << 10  # base has 1 MiB of noise
+    assert await qemu_img.same(top, copy, "qcow2")
+    shutil.copyfile(base, twin)
+    await qemu_img.set_backing(copy, "../twin.raw", "raw")
+    assert [Path(one.filename).name for one in await qemu_img.chain(copy, "qcow2")] == [
+        "copy.qcow2",
+        "twin.raw",
+    ]
+    assert await qemu_img.same(top, copy, "qcow2")
