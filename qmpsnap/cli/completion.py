@@ -41,6 +41,28 @@ def snapshots(context: typer.Context, incomplete: str) -> list[str]:
     return [id for id in ("latest", *reversed(ids)) if id.startswith(incomplete)]
 
 
+def disks(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the disks of the snapshot that was named."""
+    from qmpsnap.errors import SnapError
+    from qmpsnap.store import points
+    from qmpsnap.store.layout import LocalRoot
+
+    vm, word, local = context.params.get("vm"), context.params.get("id"), _local(context)
+    if not vm or not word or local is None:
+        return []
+    found: set[str] = set()
+    try:
+        root = LocalRoot(local)
+        for id in root.ids(vm):
+            if word != "latest" and not str(id).startswith(word):
+                continue
+            if (point := points.read_one(root.snapshot(vm, id))) is not None:
+                found = {disk.device for disk in point.storage.disks}
+    except (SnapError, OSError):
+        return []
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
 def _local(context: typer.Context) -> Path | None:
     from qmpsnap.cli import target
     from qmpsnap.errors import SnapError

@@ -15,7 +15,7 @@ from socket import socket as Socket
 
 import msgspec
 
-from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost, VmBusy
+from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost, QemuGone, VmBusy
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.hypervisor.nbd.client import opened
 from qmpsnap.ids import NodeName
@@ -144,6 +144,8 @@ async def _start(monitor: Monitor, listener: Socket) -> None:
 async def _paid(monitor: Monitor, socket: Path, id: str) -> None:
     try:
         await finish(settle(monitor, partial(_ended, socket=socket, id=id)), within=60)
+    except QemuGone:
+        _remove(socket)
     except MonitorLost as lost:
         log.warning("the NBD server for %s may be left: %s", socket, lost)
     except TimeoutError as late:
