@@ -14,6 +14,7 @@ import typer
 from qmpsnap.cli import (
     create,
     delete,
+    export,
     info,
     list,
     recover,
@@ -91,6 +92,7 @@ _add(show.show, "show", show.EPILOG)
 _add(info.info, "info", info.EPILOG)
 _add(verify.verify, "verify", verify.EPILOG)
 _add(restore.restore, "restore", restore.EPILOG)
+_add(export.export, "export", export.EPILOG)
 _add(ship.ship, "ship", ship.EPILOG)
 _add(delete.delete, "delete", delete.EPILOG)
 _add(recover.recover, "recover", recover.EPILOG)
