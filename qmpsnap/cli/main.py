@@ -17,7 +17,10 @@ from qmpsnap.cli import (
     export,
     info,
     list,
+    protect,
+    prune,
     recover,
+    refresh,
     restore,
     run,
     ship,
@@ -87,6 +90,7 @@ def _add(command: Callable[..., int], name: str, epilog: str) -> None:
 
 
 _add(create.create, "create", create.EPILOG)
+_add(refresh.refresh, "refresh", refresh.EPILOG)
 _add(list.list_, "list", list.EPILOG)
 _add(show.show, "show", show.EPILOG)
 _add(info.info, "info", info.EPILOG)
@@ -95,6 +99,9 @@ _add(restore.restore, "restore", restore.EPILOG)
 _add(export.export, "export", export.EPILOG)
 _add(ship.ship, "ship", ship.EPILOG)
 _add(delete.delete, "delete", delete.EPILOG)
+_add(prune.prune, "prune", prune.EPILOG)
+_add(protect.protect, "protect", protect.EPILOG)
+_add(protect.unprotect, "unprotect", protect.UN_EPILOG)
 _add(recover.recover, "recover", recover.EPILOG)
 _add(thaw.thaw, "thaw", thaw.EPILOG)
 app.command(

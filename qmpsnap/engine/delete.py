@@ -144,13 +144,15 @@ def leave(folder: Path) -> None:
 def sweep(roots: Roots, vm: str) -> list[str]:
     """Remove what was deleted and nobody stands on any more; the points that others stand on.
 
-    With a damaged snapshot nothing goes: it may stand on any of them. Raises OSError, LocalFailed.
+    With a damaged one that is a snapshot, or that others stand on, nothing goes: it may stand on
+    any of them. Raises OSError, LocalFailed.
     """
     points = read_points(roots.local, vm)
     listed = {point.name for point in points if not point.kept}
     needed = points.needed(listed)
+    beneath = {disk.parent for name in needed for disk in points.by_name[name].storage.disks}
     for name, why in points.damaged.items():
-        if (roots.local.point(vm, name) / STORAGE).exists():
+        if name in beneath or (roots.local.point(vm, name) / STORAGE).exists():
             log.warning("%s: no image is removed, since %s", vm, why)
             return sorted(needed - listed)
     gone = [name for name in (*points.by_name, *points.damaged) if name not in needed]
@@ -159,8 +161,18 @@ def sweep(roots: Roots, vm: str) -> list[str]:
         holds = {one for one in needed if one.partition("/")[0] == id}
         folder = roots.local.point(vm, name)
         if revision or not holds:
-            shutil.rmtree(folder, ignore_errors=False)
+            _remove(folder)
     return sorted(needed - listed)
+
+
+def _remove(folder: Path) -> None:
+    # while `kept.json` is there, what a crash leaves is known for what it is
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != KEPT:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[str]:

@@ -21,7 +21,7 @@ from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.store import files, points
 from qmpsnap.store.catalogue import Entry
-from qmpsnap.store.points import Point, Points
+from qmpsnap.store.points import Points
 
 log = logging.getLogger(__name__)
 GONE = "deleted"
@@ -29,6 +29,7 @@ GONE = "deleted"
 
 _CUT_OFF = "its deletion was cut off"
 _EXPIRED = "no rule keeps it"
+_UNNEEDED = "nothing stands on its images any more"
 _UNSETTLED = "a run that was cut off has yet to be settled: `qmpsnap recover`"
 
 
@@ -91,6 +92,7 @@ async def prune(
         await asyncio.to_thread(merge.finish, there, report)
         fates = await _decided(roots, vm, policy)
         fates, debts, unreachable = await _removed(roots, vm, fates)
+        fates = _with_earlier(there, fates)
         fates, failed = await _merged(roots, vm, fates, report, merging=merging)
         folded = await delete.fold_unkept(roots, machine, monitor) if monitor is not None else []
         for debt in debts:
@@ -106,7 +108,7 @@ async def _foreseen(roots: Roots, vm: str, policy: Policy, *, merging: bool) -> 
     going = {fate.id for fate in fates if fate.decision == "remove"}
     expired = {one.name for one in there if one.kept or one.storage.id in going}
     plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
-    return _told(there, fates, expired, plan, {}, merging=merging)
+    return _told(there, _with_earlier(there, fates), expired, plan, {}, merging=merging)
 
 
 async def _decided(roots: Roots, vm: str, policy: Policy) -> list[Fate]:
@@ -233,7 +235,6 @@ async def _merged(
     expired = {one.name for one in there if one.kept}
     plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
     failed: dict[str, str] = {}
-    merged = False
     for top in dict.fromkeys(run.top for run in plan.runs) if merging else []:
         runs = [run for run in plan.runs if run.top == top]
         try:
@@ -241,10 +242,7 @@ async def _merged(
         except SnapError as trouble:
             log.warning("%s: nothing is merged into %s: %s", vm, top, trouble)
             failed[top] = str(trouble)
-        else:
-            merged = True
-    if merged:
-        await asyncio.to_thread(_swept, roots, vm)
+    await asyncio.to_thread(_swept, roots, vm)
     told = _told(there, fates, expired, plan, failed, merging=merging)
     return told, [f"{top}: {why}" for top, why in failed.items()]
 
@@ -284,26 +282,29 @@ def _told(
             above = ", ".join(one.name for one in there.standing_on(point.name))
             why = "; ".join(trouble) or plan.stuck.get(point.name) or f"{above} stands on it"
         reasons.setdefault(point.storage.id, []).append(why)
-    known = {fate.id: fate for fate in fates}
-    for point in there:
-        if point.kept and point.storage.id not in known:
-            known[point.storage.id] = _earlier(point)
     told = []
-    for id, fate in sorted(known.items()):
+    for fate in fates:
         if fate.decision == "remove":
-            decision: Literal["remove", "images"] = "images" if id in stay else "remove"
-            words = [*fate.reasons, *dict.fromkeys(reasons.get(id, []))]
+            decision: Literal["remove", "images"] = "images" if fate.id in stay else "remove"
+            words = [*fate.reasons, *dict.fromkeys(reasons.get(fate.id, []))] or [_UNNEEDED]
             fate = msgspec.structs.replace(fate, decision=decision, reasons=words)
         told.append(fate)
     return told
 
 
-def _earlier(point: Point) -> Fate:
-    return Fate(
-        vm=point.storage.vm,
-        id=point.storage.id,
-        taken_at=point.storage.taken_at,
-        state=GONE,
-        decision="remove",
-        reasons=[],
-    )
+def _with_earlier(there: Points, fates: list[Fate]) -> list[Fate]:
+    """*fates*, and those of what was deleted earlier."""
+    earlier = {
+        point.storage.id: Fate(
+            vm=there.vm,
+            id=point.storage.id,
+            taken_at=point.storage.taken_at,
+            state=GONE,
+            decision="remove",
+            reasons=[],
+        )
+        for point in reversed(list(there))
+        if point.kept
+    }
+    known = earlier | {fate.id: fate for fate in fates}
+    return sorted(known.values(), key=lambda fate: fate.id)

@@ -19,7 +19,7 @@ from qmpsnap.errors import Refused, UsageError
 from qmpsnap.host import qemu_img
 from qmpsnap.host.journal import Journal, pending
 from qmpsnap.store import points
-from qmpsnap.store.layout import MANIFEST, MERGED, StoreRoot
+from qmpsnap.store.layout import KEPT, MANIFEST, MERGED, StoreRoot
 from qmpsnap.store.manifest import Merged, decode
 from tests.rig.qemu import ROOT
 from tests.rig.series import SIZE, VM, Series
@@ -234,6 +234,17 @@ async def test_one_that_cannot_be_read_keeps_all_images(series: Series) -> None:
     got = fates((await series.engine.prune(series.machine, LAST)).fates)
     assert got == {names[0]: "images", names[1]: "keep", names[2]: "keep"}
     assert series.root.image(VM, names[0], "vda", "qcow2").exists()
+
+
+async def test_what_is_damaged_beneath_others_is_not_swept(series: Series) -> None:
+    names = series.chain(4)
+    await pruned(series, Policy(last=2), merging=False)
+    kept = series.root.point(VM, names[0]) / KEPT
+    kept.write_bytes(b"{")
+    got = fates((await series.engine.prune(series.machine, LAST)).fates)
+    assert got == {names[1]: "images", names[2]: "images", names[3]: "keep"}
+    newest = series.root.image(VM, names[3], "vda", "qcow2")
+    assert len(await qemu_img.chain(newest, "qcow2")) == 4
 
 
 @pytest.mark.parametrize("which", [0, 1])
