@@ -9,6 +9,7 @@ from qmpsnap.engine.roots import Roots, host_id
 from qmpsnap.errors import SnapshotUnknown, StoreError, StoreRefused
 from qmpsnap.store import local
 from qmpsnap.store.catalogue import Entry, join
+from qmpsnap.store.wire import Listing
 
 log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -16,13 +17,17 @@ LATEST = "latest"
 
 async def entries(roots: Roots, vm: str | None = None) -> list[Entry]:
     """Both roots side by side. A store that does not answer leaves nothing called paired."""
-    here = await asyncio.to_thread(local.survey, roots.local, vm)
+    looking = asyncio.to_thread(local.survey, roots.local, vm)
+    here, there = await asyncio.gather(looking, _there(roots, vm))
+    return join(here, there, host=host_id())
+
+
+async def _there(roots: Roots, vm: str | None) -> Listing | None:
     try:
-        there = await roots.store.catalogue(vm)
+        return await roots.store.catalogue(vm)
     except (StoreError, StoreRefused) as dead:
         log.warning("the store could not be asked: %s", dead)
-        there = None
-    return join(here, there, host=host_id())
+        return None
 
 
 async def find(roots: Roots, vm: str, word: str = LATEST) -> Entry:

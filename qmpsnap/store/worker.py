@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qmpsnap.store import half, wire
 from qmpsnap.store.files import told
 from qmpsnap.store.layout import StoreRoot
 
+_TELL_EVERY = 0.1  # seconds
 _PROBE = ".qmpsnap-probe"
 
 
@@ -86,8 +88,20 @@ def _same_device(root: StoreRoot, device: int | None) -> None:
         raise StoreRefused(f"the store {root.path} is no longer the one that was mounted there")
 
 
-def _progress(done: int, total: int, what: str) -> None:
-    _say(wire.Line(progress=wire.Done(done=done, total=total, what=what)))
+class _Teller:
+    """Tells of progress, but not of every step where there are thousands a second."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if done >= total > 0 or now - self._last >= _TELL_EVERY:
+            self._last = now
+            _say(wire.Line(progress=wire.Done(done=done, total=total, what=what)))
+
+
+_progress = _Teller()
 
 
 def _say(line: wire.Line) -> None:
