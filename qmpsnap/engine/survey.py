@@ -218,12 +218,14 @@ def _on_command_line(
         if disk.device and slot.backend == disk.device:
             fields = slot.drive.fields
             return slot.key, _some(fields.get("discard"), fields.get("aio"))
-    for option in attached.line.all("blockdev"):
-        blockdev = Blockdev.of(option)
-        if blockdev.node_name == node:
-            fields = blockdev.fields
-            aio = fields.get("file.aio") or fields.get("aio")
-            return node, _some(fields.get("discard"), aio)
+    given = [Blockdev.of(option) for option in attached.line.all("blockdev")]
+    # a VM that its user has started on an overlay of ours names that one, not what is beneath
+    for name in (layer.name for layer in disk.chain):
+        for blockdev in given:
+            if blockdev.node_name == name:
+                fields = blockdev.fields
+                aio = fields.get("file.aio") or fields.get("aio")
+                return name, _some(fields.get("discard"), aio)
     return node, {}
 
 
