@@ -157,12 +157,14 @@ async def _depended_on(
     What is given is to be called when the socket answers.
     """
     making = Path(tempfile.mkdtemp(prefix="qmpsnap-export-"))
+    ours = [making]
 
     async def noted(folder: Path) -> None:
         note = dependents.Dependent(folder=str(folder), images=[str(socket)])
         await asyncio.to_thread(dependents.note, root, vm, id, note)
 
     async def begun() -> None:
+        ours.append(socket)  # before, it may be that of another export
         await noted(socket)
         await asyncio.to_thread(_no_more, root, vm, id, making)
 
@@ -174,7 +176,7 @@ async def _depended_on(
             raise HalfMissing(f"{vm} {id} is being deleted")
         yield begun
     finally:
-        for folder in (making, socket):
+        for folder in ours:
             await finish(asyncio.to_thread(_no_more, root, vm, id, folder), within=10)
 
 

@@ -34,10 +34,10 @@ class Server:
     _said: asyncio.Task[str]
 
     async def ended(self) -> str:
-        """Returns when it has ended, which it does not do by itself; gives its last words."""
+        """Returns when it has ended, which it does not do by itself; says how."""
         code = await self._process.wait()
         said = await asyncio.shield(self._said)
-        return said or f"ended with code {code}, without a word"
+        return f"ended with code {code}" + (f"; it last said: {said}" if said else "")
 
 
 @asynccontextmanager
@@ -135,7 +135,8 @@ async def _ready(server: Server, socket: Path, within: float) -> None:
         for task in (greeting, ending):
             task.cancel()
         await asyncio.gather(greeting, ending, return_exceptions=True)
-    raise LocalFailed(f"qemu-nbd: {ending.result().removeprefix('qemu-nbd: ')}")
+    said = (await server._said).removeprefix("qemu-nbd: ")
+    raise LocalFailed(f"qemu-nbd: {said or ending.result()}")
 
 
 async def _greeted(socket: Path) -> bool:
