@@ -21,6 +21,9 @@ ALL_BUT_RUN = {
     "restore": ["--to", "back"],
     "ship": [],
     "delete": [ID],
+    "prune": ["--keep-last", "1"],
+    "protect": [ID],
+    "unprotect": [ID],
     "recover": [],
     "thaw": [],
 }
