@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,8 +15,9 @@ import msgspec
 
 from qmpsnap.errors import DamagedData, LocalFailed, SnapError
 from qmpsnap.host import qemu_img
+from qmpsnap.host.priority import in_background
 from qmpsnap.store import digests, image, points
-from qmpsnap.store.files import told
+from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import DIGESTS, STORAGE, LocalRoot
 from qmpsnap.store.manifest import Image
 from qmpsnap.store.points import Point, Points
@@ -63,7 +65,7 @@ async def check(root: LocalRoot, vm: str, id: str, tell: Tell) -> list[Finding]:
                 findings += _beneath(local, point, disk.label)
                 continue
             chains.setdefault(chain, f"disk {disk.device}")
-    findings += await asyncio.to_thread(_digests, local, set(own), tell)
+    findings += await _digests(local, set(own), tell)
     seen: set[tuple[Image, Image | None]] = set()
     for chain, where in chains.items():
         for one, beneath in zip_longest(chain, chain[1:]):
@@ -117,7 +119,21 @@ def _beneath(local: _Local, point: Point, label: str) -> list[Finding]:
     return []
 
 
-def _digests(local: _Local, own: set[str], tell: Tell) -> list[Finding]:
+async def _digests(local: _Local, own: set[str], tell: Tell) -> list[Finding]:
+    over = threading.Event()
+
+    def told_so_far(done: int, total: int, _what: str) -> None:
+        if over.is_set():  # whoever waited for this is gone: the thread ends, too
+            raise LocalFailed("broken off")
+        tell(done, total)
+
+    try:
+        return await in_background(_digested, local, own, told_so_far)
+    finally:
+        over.set()
+
+
+def _digested(local: _Local, own: set[str], tell: Progress) -> list[Finding]:
     found = []
     for name in sorted(local.points.needed(own)):
         point = local.points.by_name[name]
@@ -128,9 +144,7 @@ def _digests(local: _Local, own: set[str], tell: Tell) -> list[Finding]:
         }
         if not written:
             continue
-        for file, what in digests.check(
-            point.folder, list(written), lambda done, total, _what: tell(done, total)
-        ):
+        for file, what in digests.check(point.folder, list(written), tell):
             where = f"disk {written[file].device}" if file in written else f"{name}/{file}"
             found.append(Finding(where=where, what=what))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,11 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
+from qmpsnap.engine.wishes import Level, RamChoice, Wishes
 from qmpsnap.errors import BaseChanged, DamagedData
+from qmpsnap.store import digests
+from qmpsnap.store.layout import LocalRoot
+from tests.rig.chained import GONE, INC, KEPT, MERGED, REVISION, SIZE, Chain
 from tests.rig.graph import status
 from tests.rig.guest import agrees, back, booted
 
@@ -60,6 +65,18 @@ def header(path: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def flipped(offset: int) -> Callable[[Path], None]:
+    """One bit of one byte, at *offset* (from the end if negative), and the times of before."""
+
+    def flip(path: Path) -> None:
+        content, times = bytearray(path.read_bytes()), path.stat()
+        content[offset] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    return flip
+
+
 def below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -71,7 +88,8 @@ async def test_damage_is_named_and_nothing_is_restored_from_it(
     engine = Engine(short / "local", store, allow_local_store=True)
     async with booted(qemu72, short) as guest:
         before = await guest.console.witness(within=30)
-        made = await engine.create(Machine("web", guest.qmp, guest.agent))
+        machine = Machine("web", guest.qmp, guest.agent)
+        made = await engine.create(machine, Wishes(level=Level.OVERLAY))
         assert await status(guest.qemu.witness) == "running"
     for base in guest.disks:
         for harm in (cut, grow, touch, spoil, header):
@@ -117,3 +135,155 @@ async def _not_restored(engine: Engine, to: Path, name: str) -> None:
         async with back(engine, "web", Restoration(to), entry.id):
             pytest.fail(f"restored in spite of a harmed {name}")
     assert below(to) == []
+
+
+OF_A_CHAIN = [
+    *(f"local/web/{MERGED}/{name}" for name in ("storage.json", "merged.json", "digests.json")),
+    *(f"local/web/{KEPT}/{name}" for name in ("kept.json", "digests.json")),
+    *(f"local/web/{INC}/{name}" for name in ("storage.json", "digests.json")),
+    *(f"local/web/{INC}/{REVISION}/{name}" for name in ("storage.json", "digests.json")),
+    *(f"local/web/{one}/vda.qcow2" for one in (MERGED, KEPT, INC, f"{INC}/{REVISION}")),
+    *(f"store/web/{INC}/{name}" for name in ("machine.json", "usage.json", "manifest.json")),
+]
+
+
+@pytest.fixture
+async def chain(short: Path, store: Path) -> Engine:
+    """An engine whose VM has a snapshot and a revision of it, on two points that are no more."""
+    (short / "store").symlink_to(store)
+    made = Chain(LocalRoot(short / "local"))
+    made.make()
+    engine = Engine(short / "local", store, allow_local_store=True)
+    delivered, failed = await engine.ship("web")
+    assert (len(delivered), failed) == (1, [])
+    return engine
+
+
+async def found(engine: Engine) -> list[str]:
+    return [f"{one.where} {one.what}" for one in (await engine.verify("web", INC)).findings]
+
+
+async def test_a_chain_without_damage(chain: Engine, short: Path) -> None:
+    assert await found(chain) == []
+    files = {str(path.relative_to(short)) for path in (short / "local").rglob("*.*")}
+    there = {name for name in files if name.endswith((".json", ".qcow2", ".raw"))}
+    there |= {f"store/{name}" for name in below(short / "store")}
+    assert there - set(OF_A_CHAIN) == {f"local/web/{INC}/paired.json"}
+
+
+@pytest.mark.parametrize("name", OF_A_CHAIN)
+async def test_each_file_of_a_chain(chain: Engine, short: Path, name: str) -> None:
+    path = short / name
+    named = str(path) if name.startswith("local") else path.name
+    size = path.stat().st_size
+    for offset in sorted({0, min(333, size // 2), min(300_000, size // 2), -1}):
+        with harmed(path, flipped(offset)):
+            told = await found(chain)
+        assert any(named in one for one in told), (offset, told)
+    with harmed(path, Path.unlink):
+        told = await found(chain)
+    folder = path.parent.name
+    assert any(named in one or (folder in one and "json" in name) for one in told), told
+
+
+async def test_no_byte_of_a_manifest_is_too_small(chain: Engine, short: Path) -> None:
+    """Where no other file tells the digest of a manifest, one beside it does."""
+    for name in (f"{INC}/{REVISION}/storage.json", f"{INC}/{REVISION}/digests.json"):
+        path = short / "local/web" / name
+        for offset in range(7, path.stat().st_size, 197):
+            with harmed(path, flipped(offset)):
+                told = await found(chain)
+            assert any(str(path) in one for one in told), (offset, told)
+
+
+def _on_another(chain: Chain) -> str:
+    other = chain.written(GONE, None)
+    rebase = ["rebase", "-u", "-f", "qcow2", "-b", str(other), "-F", "qcow2"]
+    subprocess.run(["qemu-img", *rebase, chain.image(INC)], check=True)
+    chain.sealed(INC, MERGED)
+    return f"stands on {other}, not on {chain.image(MERGED)}"
+
+
+def _on_nothing(chain: Chain) -> str:
+    chain.sealed(INC, None)
+    return f"stands on {chain.image(INC).parent}/../{MERGED}/vda.qcow2, not on nothing"
+
+
+def _of_another_size(chain: Chain) -> str:
+    chain.sealed(INC, MERGED, size=2 * SIZE)
+    return f"is of {SIZE} bytes, not {2 * SIZE}"
+
+
+def _of_another_format(chain: Chain) -> str:
+    rebase = ["rebase", "-u", "-f", "qcow2", "-b", f"../{MERGED}/vda.qcow2", "-F", "raw"]
+    subprocess.run(["qemu-img", *rebase, chain.image(INC)], check=True)
+    chain.sealed(INC, MERGED)
+    return "for raw, not qcow2"
+
+
+def _unsound(chain: Chain) -> str:
+    with chain.image(INC).open("r+b") as file:
+        file.seek(2 * 65536)  # the first refcount block
+        file.write(b"\0\0")
+    chain.sealed(INC, MERGED)
+    return "qemu-img check"
+
+
+def _on_what_is_gone(chain: Chain) -> str:
+    chain.sealed(INC, GONE)
+    return f"stands on {GONE}, which is gone"
+
+
+def _never_hashed(chain: Chain) -> str:
+    chain.sealed(INC, MERGED)
+    (chain.folder(MERGED) / "digests.json").unlink()
+    return f"{chain.folder(MERGED)}: was never hashed"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [_on_another, _on_nothing, _of_another_size, _of_another_format, _unsound, _on_what_is_gone,
+     _never_hashed],
+)  # fmt: skip
+async def test_what_was_sealed_wrong(
+    short: Path, store: Path, wrong: Callable[[Chain], str]
+) -> None:
+    """The manifests agree with the files, and the files do not agree with one another."""
+    made = Chain(LocalRoot(short / "local"))
+    made.written(MERGED, None)
+    made.sealed(MERGED, None)
+    made.written(INC, MERGED)
+    digests.take(made.folder(MERGED), MERGED, ["vda.qcow2"])
+    expected = wrong(made)
+    digests.take(made.folder(INC), INC, ["vda.qcow2"])
+    made.spooled(INC)
+    engine = Engine(short / "local", store, allow_local_store=True)
+    await engine.ship("web")
+    told = await found(engine)
+    assert len(told) == 1, told
+    assert expected in told[0]
+
+
+@pytest.mark.timeout(400)
+async def test_each_file_of_what_was_really_taken(qemu72: Path, short: Path, store: Path) -> None:
+    """A full, an increment on it, and a revision of that: whatever is harmed is named."""
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with booted(qemu72, short) as guest:
+        machine = Machine("web", guest.qmp, guest.agent)
+        full = await engine.create(machine, Wishes(level=Level.FULL))
+        await guest.console.run("dd if=/dev/urandom of=/data/0/x bs=64k count=8; sync", within=30)
+        made = await engine.create(machine, Wishes(level=Level.INC, ram=RamChoice.NONE))
+        await guest.console.run("dd if=/dev/urandom of=/data/0/y bs=64k count=8; sync", within=30)
+        refreshed = await engine.refresh(machine, made.id)
+    assert (await engine.verify("web", made.id)).findings == []
+    folders = [Path(full.local), Path(made.local), Path(made.local) / refreshed.revision_id]
+    paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    assert len([path for path in paths if path.suffix in {".qcow2", ".raw"}]) == 6
+    for path in paths:
+        if path.name == "paired.json":
+            continue
+        for offset in (path.stat().st_size // 2, -1):
+            with harmed(path, flipped(offset)):
+                found = (await engine.verify("web", made.id)).findings
+            assert any(str(path) in one.what for one in found), (path, offset, found)
+    assert (await engine.verify("web", made.id)).findings == []
