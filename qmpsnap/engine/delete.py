@@ -14,6 +14,7 @@ import msgspec
 from qmpsnap.engine import dependents, survey
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.protect import refuse_protected
 from qmpsnap.engine.roots import Roots, judge
 from qmpsnap.errors import (
     LocalFailed,
@@ -50,12 +51,13 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
     A running VM's overlays go back into the files beneath that no other snapshot keeps. Without
     a VM they stay where they are: its disks are read through them.
 
-    Raises Refused when restored machines stand on the snapshot, VmBusy and MonitorBusy;
+    Raises Refused when it is protected or restored machines stand on it, VmBusy and MonitorBusy;
     StoreRefused and StoreError when the store half cannot be removed: the local half is whole then.
     """
     vm = machine.name
     async with lock.held(roots.local.lock(vm), "delete"):
         entry = await find(roots, vm, word)
+        await asyncio.to_thread(refuse_protected, roots.local, vm, entry.id)
         await asyncio.to_thread(_refuse_standing, roots, vm, entry.id)
         async with met(machine) as (monitor, why):
             if monitor is not None and (busy := await job.at_work(monitor)):

@@ -12,7 +12,6 @@ import pytest
 
 from qmpsnap.engine import merge
 from qmpsnap.engine.dependents import Dependent, note
-from qmpsnap.engine.protect import refuse_protected
 from qmpsnap.engine.prune import Fate
 from qmpsnap.engine.retention import Policy
 from qmpsnap.errors import Refused, UsageError
@@ -118,7 +117,7 @@ async def test_protected_ones_are_kept_and_refuse_to_be_deleted(series: Series) 
     assert (await series.engine.protect(VM, names[0], "as delivered")).protected
     assert await pruned(series) == {names[0]: "keep", names[1]: "keep"}
     with pytest.raises(Refused, match="is protected: as delivered"):
-        refuse_protected(series.root, VM, names[0])
+        await series.engine.delete(series.machine, names[0])
     assert not (await series.engine.unprotect(VM, names[0])).protected
     await series.engine.unprotect(VM, names[0])
     assert await pruned(series) == {names[0]: "remove", names[1]: "keep"}
