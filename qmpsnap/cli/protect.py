@@ -29,7 +29,7 @@ Exit codes: 0 done; 2 usage; 3 no such snapshot, or the VM is busy; 4 failed;
 """
 
 
-@verb(sockets=False)
+@verb()
 async def protect(
     call: Call,
     vm: options.Vm,
@@ -47,6 +47,7 @@ async def protect(
 
     It counts for the rules of `prune` as any other. Once more replaces the note.
     """
+    call.machine(vm, reach=False)
     done = await call.engine().protect(vm, snapshot(id), note)
     if call.out.json:
         call.out.record(done)
@@ -54,9 +55,10 @@ async def protect(
         call.out.line(f"{done.vm} {done.id}: protected")
 
 
-@verb(sockets=False)
+@verb()
 async def unprotect(call: Call, vm: options.Vm, id: options.RequiredId) -> None:
     """Let a protected snapshot be pruned and deleted again."""
+    call.machine(vm, reach=False)
     done = await call.engine().unprotect(vm, snapshot(id))
     if call.out.json:
         call.out.record(done)

@@ -217,3 +217,24 @@ async def test_convert_the_top_layer_only_and_put_it_on_another_file(base, tmp_p
         "twin.raw",
     ]
     assert await qemu_img.same(top, copy, "qcow2")
+
+
+async def test_rebased_an_image_reads_as_before(base, tmp_path):
+    middle, top = tmp_path / "middle.qcow2", tmp_path / "top.qcow2"
+    await qemu_img.create_overlay(middle, base, "raw", SIZE)
+    write = ["qemu-io", "-c", "write -P 7 512k 1M", "-c", "write -z 0 64k", str(middle)]
+    process = await asyncio.create_subprocess_exec(*write, stdout=asyncio.subprocess.DEVNULL)
+    assert await process.wait() == 0
+    await qemu_img.create_overlay(top, middle, "qcow2", SIZE)
+    empty = tmp_path / "empty.qcow2"
+    await qemu_img.create_overlay(empty, base, "raw", SIZE)
+    assert await qemu_img.same(top, middle, "qcow2")
+    assert not await qemu_img.same(top, empty, "qcow2")
+    heard: list[float] = []
+    await qemu_img.rebase(top, f"./{base.name}", "raw", heard.append)
+    assert heard[-1] == 1.0
+    assert (await qemu_img.info(top, "qcow2")).backing_as_written == f"./{base.name}"
+    assert await qemu_img.same(top, middle, "qcow2")
+    assert await qemu_img.check(top, "qcow2") == qemu_img.Health()
+    with pytest.raises(LocalFailed, match="qemu-img compare"):
+        await qemu_img.same(top, tmp_path / "none", "qcow2")
