@@ -61,6 +61,26 @@ async def test_options_of_a_boot_alone(program: Program, option: str) -> None:
     assert "--boot" in ran.err
 
 
+async def test_a_machine_that_ends_early_and_is_on_no_network(
+    program: Program, qemu72: Path
+) -> None:
+    options = [*machine(program.dir / "d0.qcow2"), *AGENT, "-nic", "user,model=e1000,id=n"]
+    async with running(qemu72, *options, directory=program.dir) as vm:
+        await program.ok("create", "web", "--socket", vm.qmp, *program.roots)
+        folder = program.local / "web/boot"
+        words = ["verify", "web", *program.roots, "--boot", "--cold", "--json"]
+        process = await program.start(*words)
+        pid = await tried(folder)
+        assert b"user,model=e1000,id=n,restrict=on" in command(pid)
+        os.kill(int(pid), signal.SIGKILL)
+        ran = await ended(process)
+    assert ran.code == 7
+    (finding,) = ran.record["findings"]
+    assert finding["where"] == "boot"
+    assert "QEMU" in finding["what"]
+    assert not folder.exists()
+
+
 async def test_a_signal_leaves_nothing(program: Program, qemu72: Path) -> None:
     options = machine(program.dir / "d0.qcow2")
     async with running(qemu72, *options, *AGENT, directory=program.dir) as vm:
@@ -89,11 +109,16 @@ async def test_a_signal_leaves_nothing(program: Program, qemu72: Path) -> None:
     assert dependents.standing(root, "web", str(id)) == []
 
 
-async def tried(folder: Path) -> None:
-    """Returns once a machine runs in *folder*."""
+async def tried(folder: Path) -> str:
+    """The process of the machine in *folder*, once there is one."""
     async with asyncio.timeout(60):
-        while process_of(folder) is None:  # noqa: ASYNC110 - nobody tells us
+        while (pid := process_of(folder)) is None:  # noqa: ASYNC110 - nobody tells us
             await asyncio.sleep(0.05)
+        return pid
+
+
+def command(pid: str) -> list[bytes]:
+    return Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
 
 
 def process_of(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qmpsnap.engine.boot import Trial
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked
+from qmpsnap.hypervisor.guest import quiesce
 from tests.rig.graph import status
 from tests.rig.guest import Guest, booted
 
@@ -43,6 +45,14 @@ def nothing_left(engine: Engine, id: str) -> None:
 
 async def taken(engine: Engine, guest: Guest, wishes: Wishes | None = None) -> str:
     return (await engine.create(Machine("web", guest.qmp, guest.agent), wishes)).id
+
+
+async def deafened(guest: Guest) -> None:
+    """The agent has opened its port, and says nothing any more."""
+    async with asyncio.timeout(60):
+        while await quiesce.is_answering(guest.agent):  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0.1)
+    await guest.console.run("kill -STOP $(pidof qemu-ga)", within=30)
 
 
 @pytest.mark.timeout(500)
@@ -81,8 +91,7 @@ async def test_with_and_without_ram_beside_the_original(
 async def test_what_goes_wrong_is_a_finding(qemu72: Path, short: Path, store: Path) -> None:
     engine = Engine(short / "local", store, allow_local_store=True)
     async with booted(qemu72, short) as guest:
-        deaf = "kill -STOP $(pidof qemu-ga)"
-        await guest.console.run(deaf, within=30)
+        await deafened(guest)
         silent = await taken(engine, guest)
         bare = Wishes(level=Level.OVERLAY, ram=RamChoice.NONE, quiesce=Quiesce.NONE)
         disks = await taken(engine, guest, bare)
@@ -114,6 +123,25 @@ async def test_what_goes_wrong_is_a_finding(qemu72: Path, short: Path, store: Pa
     found = await engine.verify("web", disks, trial=Trial())
     assert {one.where for one in found.findings} == {"disk vd0", "boot"}
     nothing_left(engine, disks)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("key", "told"), [("b", "it restarted"), ("o", "powered off")], ids=["restart", "poweroff"]
+)
+async def test_a_guest_that_does_not_go_on(
+    qemu72: Path, short: Path, store: Path, key: str, told: str
+) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with booted(qemu72, short) as guest:
+        await deafened(guest)
+        later = f"(sleep 20; echo {key} >/proc/sysrq-trigger) &"
+        await guest.console.run(later, within=30)
+        id = await taken(engine, guest)
+    found = await engine.verify("web", id, trial=Trial(within=120))
+    assert [one.where for one in found.findings] == ["boot"], found
+    assert told in found.findings[0].what
+    nothing_left(engine, id)
 
 
 @pytest.mark.timeout(400)
