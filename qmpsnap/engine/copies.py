@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from qmpsnap.engine import layers, recover
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.copy import Copied, copied
 from qmpsnap.engine.debt import Debt
-from qmpsnap.engine.levels import newest_bitmaps
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.wishes import Copying
+from qmpsnap.engine.wishes import Copying, Level
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host.priority import in_background
-from qmpsnap.hypervisor.block import bitmap, fold
-from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.hypervisor.block import fold
+from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import digests
 from qmpsnap.store.manifest import Storage
 from qmpsnap.store.points import Points
-from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 
@@ -36,40 +38,52 @@ async def taken(
     points: Points,
     how: Copying,
     report: Report,
+    *,
+    asked: Level,
 ) -> dict[str, Copied]:
     """Copy what *made* says into *folder*, then give the guest its own disks back.
 
-    Raises as `take`, and JobFailed; the debt then tells how far it came.
+    *asked* is the level that was wished for. Raises as `take`, and JobFailed; the debt then tells
+    how far it came.
     """
     if not any(disk.copied for disk in made.disks):
         return {}
-    found = await take(monitor, made, folder, points, how, report)
+    with _private(debt.owed.sockets) as sockets:
+        found = await take(monitor, made, folder, points, how, report, sockets, asked)
     await fold_back(monitor, made)
     await debt.note(Phase.COPIED)
-    await asyncio.to_thread(forget_overlays, made)
     return found
 
 
-async def sweep_bitmaps(roots: Roots, machine: Machine, made: Plan) -> None:
-    """Remove the bitmaps of ours that no increment needs any more.
-
-    The old ones have recorded on until the new point was sealed. One that cannot be removed now
-    goes another time.
-    """
-    if not any(disk.copied for disk in made.disks):
-        return
+@contextmanager
+def _private(name: str | None) -> Iterator[Path]:
+    """The folder for sockets that the journal knows, ours alone. Raises LocalFailed."""
+    assert name is not None
+    folder = Path(name)
     try:
-        points = await asyncio.to_thread(read_points, roots.local, machine.name)
-        needed = newest_bitmaps(points)
-        async with connect(machine.socket) as monitor:
-            await bitmap.remove_all(monitor, lambda name: _wanted(name, machine.name, needed))
-    except SnapError as trouble:
-        log.warning("%s: old bitmaps stay for now: %s", machine.name, trouble)
+        folder.mkdir(0o700)
+    except OSError as failed:
+        raise LocalFailed(f"{folder}: {failed.strerror}") from failed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wanted(name: str, vm: str, needed: set[str]) -> bool:
-    parsed = bitmap.parse(name)
-    return parsed is None or parsed.vm != vm or name in needed
+async def paid(roots: Roots, machine: Machine, made: Plan, debt: Debt) -> None:
+    """The point is sealed: bitmaps that no increment needs any more go, and then the debt does.
+
+    Where QEMU is out of reach the debt stands, for `recover`: the point is whole all the same.
+    Raises LocalFailed.
+    """
+    if any(disk.copied for disk in made.disks):
+        try:
+            async with connect(machine.socket) as monitor:
+                await settle(monitor, partial(recover.sweep, roots, machine))
+        except SnapError as trouble:
+            log.warning("%s: old bitmaps stay for now: %s", machine.name, trouble)
+            return
+    await asyncio.to_thread(debt.entry.close)
 
 
 async def digested(roots: Roots, half: Storage, report: Report) -> None:
@@ -85,32 +99,36 @@ def _telling(report: Report) -> Callable[[int, int, str], None]:
 
 
 async def take(
-    monitor: Monitor, made: Plan, folder: Path, points: Points, how: Copying, report: Report
+    monitor: Monitor,
+    made: Plan,
+    folder: Path,
+    points: Points,
+    how: Copying,
+    report: Report,
+    sockets: Path,
+    asked: Level,
 ) -> dict[str, Copied]:
     """Copy every disk of *made* that is to be copied into *folder*; by label.
 
-    The guest is on its overlays, so what is read stands still. Raises LocalFailed, VmBusy,
+    The guest is on its overlays, so what is read stands still. Raises LocalFailed, JobFailed,
     CommandRefused, MonitorLost; what was written by then stays for the caller to remove.
     """
     found: dict[str, Copied] = {}
     for disk in made.disks:
         if disk.copied:
-            found[disk.label] = await copied(monitor, disk, folder, points, how, report)
+            found[disk.label] = await copied(
+                monitor, disk, folder, points, how, report, sockets=sockets, asked=asked
+            )
     return found
 
 
 async def fold_back(monitor: Monitor, made: Plan) -> None:
-    """The overlays of the copied disks go back into what they froze. Raises JobFailed."""
+    """The overlays of the copied disks go back into what they froze; their files go at once.
+
+    Should QEMU end between two of them, what is still there is what the disk lacks. Raises
+    JobFailed, LocalFailed.
+    """
     for disk in made.disks:
         if disk.copied:
             await fold.fold(monitor, disk.overlay.node, disk.site.disk.top.name)
-
-
-def forget_overlays(made: Plan) -> None:
-    """Delete the files of overlays that were folded back. Raises LocalFailed."""
-    for disk in made.disks:
-        if disk.copied:
-            try:
-                disk.overlay.path.unlink(missing_ok=True)
-            except OSError as failed:
-                raise LocalFailed(f"{disk.overlay.path}: {failed.strerror}") from failed
+            await asyncio.to_thread(layers.unlink, disk.overlay.path)

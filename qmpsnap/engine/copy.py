@@ -9,15 +9,16 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.plan import PlannedDisk
+from qmpsnap.engine.recover import CHANGES
 from qmpsnap.engine.wishes import Copying, Level
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import JobFailed, LocalFailed, VmBusy
 from qmpsnap.host import qemu_img, qemu_nbd
 from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.monitor import Monitor
@@ -45,31 +46,54 @@ class Copied:
     image: Image
     means: Means
     bytes_written: int
+    instead: str = ""
+    """Why it is a full where an increment was planned; empty if it is what was planned."""
 
 
 async def copied(
-    monitor: Monitor, disk: PlannedDisk, folder: Path, points: Points, how: Copying, report: Report
+    monitor: Monitor,
+    disk: PlannedDisk,
+    folder: Path,
+    points: Points,
+    how: Copying,
+    report: Report,
+    *,
+    sockets: Path,
+    asked: Level,
 ) -> Copied:
     """Write the image of *disk*, whose chain is frozen, into *folder*, as its level says.
 
-    Raises LocalFailed, VmBusy, CommandRefused, MonitorLost; what was written by then stays for
-    the caller to remove.
+    Where `auto` was *asked* for and the changes cannot be read, it is a full. *sockets* is a
+    folder that is ours alone. Raises LocalFailed, JobFailed, CommandRefused, MonitorLost; what was
+    written by then stays for the caller to remove.
     """
+    instead = ""
     what = f"copying {disk.site.name}"
 
     def tell(done: int, total: int, _: str = "") -> None:
         report(what, done, total)
 
-    if disk.chosen.level is Level.FULL:
+    ranges: Ranges | None = None
+    if disk.chosen.level is not Level.FULL:
+        try:
+            ranges = await _changes(monitor, disk, points, sockets)
+        except VmBusy as busy:  # not Refused: by now the guest was touched
+            instead = str(busy)
+            if asked is not Level.AUTO:
+                raise JobFailed(f"disk {disk.site.name}: {busy}", hint=busy.hint) from busy
+            log.warning("disk %s: a full instead: %s", disk.site.name, busy)
+    if ranges is None:
         path, format, means, written = await _full(disk, folder, how, tell)
     else:
-        path, format, means, written = await _changes(monitor, disk, folder, points, how, tell)
+        path, format, means, written = await _increment(
+            disk, ranges, folder, points, how, tell, sockets
+        )
     health = await qemu_img.check(path, format)
     if health.corruptions:
         raise LocalFailed(f"{path}: qemu-img finds {health.corruptions} corruptions in the copy")
     size = disk.site.disk.top.virtual_size
     image = await asyncio.to_thread(examine_image, path, format, size)
-    return Copied(image, means, written)
+    return Copied(image, means, written, instead)
 
 
 async def _full(
@@ -124,48 +148,54 @@ def _refuse_full(disk: PlannedDisk, folder: Path) -> None:
         )
 
 
-async def _changes(
-    monitor: Monitor,
+async def _changes(monitor: Monitor, disk: PlannedDisk, points: Points, sockets: Path) -> Ranges:
+    """What differs from the point that *disk* is to stand on. Raises VmBusy, LocalFailed."""
+    since = disk.chosen.since
+    assert since is not None
+    ranges = await dirty.changed(
+        monitor,
+        sockets / CHANGES,
+        disk.site.disk.top.name,
+        bitmap=since.bitmap,
+        layers=since.layers,
+    )
+    if since.point is not disk.chosen.beneath:
+        ranges = merged([*ranges, *await _between(points, disk)])
+    return ranges
+
+
+async def _increment(
     disk: PlannedDisk,
+    ranges: Ranges,
     folder: Path,
     points: Points,
     how: Copying,
     tell: Callable[[int, int, str], None],
+    sockets: Path,
 ) -> tuple[Path, str, Means, int]:
-    since, beneath = disk.chosen.since, disk.chosen.beneath
-    assert since is not None
+    beneath = disk.chosen.beneath
     assert beneath is not None
     backing = points.images(beneath, disk.label)[0]
     path = folder / f"{disk.label}.qcow2"
-    with private_folder() as private:
-        ranges = await dirty.changed(
-            monitor,
-            private / "changes",
-            disk.site.disk.top.name,
-            bitmap=since.bitmap,
-            layers=since.layers,
-        )
-        if since.point is not beneath:
-            ranges = merged([*ranges, *await _between(points, disk)])
-        top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
-        format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
-        async with qemu_nbd.serving(frozen, format, private / "frozen"):
-            with _stopping() as stop, client.Reader(private / "frozen", "") as reader:
-                written = await _to_its_end(
-                    stop,
-                    lambda: increment.write(
-                        path,
-                        virtual_size=top.virtual_size,
-                        backing=_spelled(Path(backing.path), folder, beneath.folder),
-                        backing_format=backing.format,
-                        extents=ranges,
-                        read=reader.read,
-                        limit=how.limit,
-                        reserve=_reserve(disk, folder),
-                        cancelled=stop.is_set,
-                        on_progress=tell,
-                    ),
-                )
+    top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
+    format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
+    async with qemu_nbd.serving(frozen, format, sockets / "frozen"):
+        with _stopping() as stop, client.Reader(sockets / "frozen", "") as reader:
+            written = await _to_its_end(
+                stop,
+                lambda: increment.write(
+                    path,
+                    virtual_size=top.virtual_size,
+                    backing=_spelled(Path(backing.path), folder, beneath.folder),
+                    backing_format=backing.format,
+                    extents=ranges,
+                    read=reader.read,
+                    limit=how.limit,
+                    reserve=_reserve(disk, folder),
+                    cancelled=stop.is_set,
+                    on_progress=tell,
+                ),
+            )
     if how.compress:
         written = await _compressed(path, backing, how)
     return path, "qcow2", "increment", written
@@ -242,7 +272,8 @@ async def _to_its_end(stop: threading.Event, work: Callable[[], T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
-        await finish(_ended(task), within=60)
+        with suppress(TimeoutError):  # a target that hangs: the thread ends when it no more does
+            await finish(_ended(task), within=60)
         raise
 
 

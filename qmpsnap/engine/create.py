@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 
 from qmpsnap.engine import copies, delete, layers, recover, spool, survey
 from qmpsnap.engine.capture import Captured, Report
-from qmpsnap.engine.created import Created, created
 from qmpsnap.engine.copy import Copied
+from qmpsnap.engine.created import Created, created
 from qmpsnap.engine.debt import given_up, given_up_later, journaled, really_gone
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.instant import instant
@@ -115,7 +115,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 captured = await instant(monitor, made, facts, debt, folder, report)
                 home = roots.local.snapshot(machine.name, id)
                 copied = await copies.taken(
-                    monitor, made, debt, home, points, wishes.copying, report
+                    monitor, made, debt, home, points, wishes.copying, report, asked=wishes.level
                 )
             except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
@@ -131,8 +131,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
         await debt.note(Phase.SEALED)
-        await asyncio.to_thread(debt.entry.close)
-        await copies.sweep_bitmaps(roots, machine, made)
+        await copies.paid(roots, machine, made, debt)
         try:
             delivered = await ship(roots, machine.name, str(id), report)
         except NotShipped as waiting:

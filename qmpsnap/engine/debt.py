@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import layers, recover, survey
+from qmpsnap.engine import layers, offline, recover, survey
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase, move
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import GuestLeftStopped, QemuGone, SnapError
+from qmpsnap.errors import GuestLeftStopped, MonitorAbsent, QemuGone, SnapError
 from qmpsnap.host import process as host_process
 from qmpsnap.host.journal import Entry, Journal
+from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import local
 
@@ -64,11 +68,25 @@ async def journaled(
         verb="refresh" if of else "create",
         of=of,
         bitmaps=[disk.bitmap for disk in made.disks if disk.bitmap is not None],
+        process=_known(facts.process),
+        sockets=_sockets() if any(disk.copied for disk in made.disks) else None,
     )
     await asyncio.to_thread(local.give_id, roots.local, made.vm, made.id)
     journal = Journal(roots.local.journal(made.vm))
     entry = await asyncio.to_thread(journal.open_entry, str(made.id), msgspec.to_builtins(owed))
     return Debt(entry, owed)
+
+
+def _known(process: ProcessFacts | None) -> ProcessFacts | None:
+    """What tells it from another; its command line is long, and may hold secrets."""
+    if process is None:
+        return None
+    return msgspec.structs.replace(process, exe=None, argv=None, cwd=None, cgroups={})
+
+
+def _sockets() -> str:
+    """A folder that is still to be made: a path that is short enough for a socket."""
+    return str(Path(tempfile.gettempdir()) / f"qmpsnap-{secrets.token_hex(8)}")
 
 
 async def given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: Debt, id: str) -> None:
@@ -81,8 +99,29 @@ async def given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: Debt,
     try:
         await settle(monitor, undone)
         await asyncio.to_thread(debt.entry.close)
+    except QemuGone as gone:
+        await _settled_offline(roots, machine, debt, gone)
     except (SnapError, TimeoutError) as trouble:
-        log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
+        _warn(machine, trouble)
+
+
+async def _settled_offline(roots: Roots, machine: Machine, debt: Debt, gone: QemuGone) -> None:
+    """What a guest that is no more wrote past its disks goes back into them at once.
+
+    Else it would be missing when QEMU is started again. A QEMU that lives has locked them.
+    """
+    if (known := debt.owed.process) is None or not await _ended(known):
+        _warn(machine, gone)
+        return
+    try:
+        for settled in await offline.settle_offline(roots, machine):
+            log.warning("%s: %s: %s", machine.name, gone, "; ".join(settled.did))
+    except SnapError as trouble:
+        _warn(machine, trouble)
+
+
+def _warn(machine: Machine, trouble: BaseException) -> None:
+    log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
 
 
 async def given_up_later(roots: Roots, machine: Machine, debt: Debt, id: str) -> None:
@@ -90,19 +129,26 @@ async def given_up_later(roots: Roots, machine: Machine, debt: Debt, id: str) ->
     try:
         async with connect(machine.socket) as monitor:
             await given_up(roots, machine, monitor, debt, id)
+    except MonitorAbsent as absent:
+        await _settled_offline(roots, machine, debt, QemuGone(str(absent)))
     except (SnapError, TimeoutError) as trouble:
-        log.warning("%s: not all could be undone: %s; `recover` goes on", machine.name, trouble)
+        _warn(machine, trouble)
+
+
+async def _ended(known: ProcessFacts) -> bool:
+    """Whether that process is gone, or ends within the time that a killed one may take."""
+    for _ in range(_DYING):
+        if not await asyncio.to_thread(host_process.still_runs, known):
+            return True
+        await asyncio.sleep(0.1)
+    return False
 
 
 async def really_gone(facts: survey.Survey, gone: QemuGone) -> None:
     """Raises GuestLeftStopped when only the socket has gone: nobody can continue the guest."""
     known = facts.process
-    if known is None:
+    if known is None or await _ended(known):
         return
-    for _ in range(_DYING):
-        if not await asyncio.to_thread(host_process.still_runs, known):
-            return
-        await asyncio.sleep(0.1)
     raise GuestLeftStopped(
         f"QEMU, process {known.pid}, lives, but its monitor has gone: the guest may be stopped",
         hint="send `cont` over another monitor, then `qmpsnap recover`",

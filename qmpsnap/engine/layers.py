@@ -106,11 +106,12 @@ async def take_back(monitor: Monitor, laid: Sequence[Laid], *, may_be_live: bool
         elif not await overlay.drop(monitor, node):
             kept.append(one.path)
             continue
-        await asyncio.to_thread(_unlink, Path(one.path))
+        await asyncio.to_thread(unlink, Path(one.path))
     return kept
 
 
-def _unlink(path: Path) -> None:
+def unlink(path: Path) -> None:
+    """Delete an overlay's file, if it is there. Raises LocalFailed."""
     try:
         path.unlink(missing_ok=True)
     except OSError as failed:

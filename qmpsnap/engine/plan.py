@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def plan(
     return Plan(
         id=id,
         vm=facts.machine.name,
-        level=_level(disks),
+        level=cheapest(disk.chosen.level for disk in disks),
         disks=disks,
         left_out=left_out,
         asked=wishes.ram,
@@ -173,11 +173,11 @@ def _planned(
     return PlannedDisk(label, site, overlay, chosen, name)
 
 
-def _level(disks: tuple[PlannedDisk, ...]) -> Level:
-    """What the snapshot as a whole is called: the cheapest of what its disks are."""
-    levels = {disk.chosen.level for disk in disks}
-    cheapest = (Level.DIFF, Level.INC, Level.FULL, Level.OVERLAY)
-    return next((level for level in cheapest if level in levels), Level.OVERLAY)
+def cheapest(levels: Iterable[Level]) -> Level:
+    """What the snapshot as a whole is called, of what its disks are."""
+    found = set(levels)
+    order = (Level.DIFF, Level.INC, Level.FULL, Level.OVERLAY)
+    return next((level for level in order if level in found), Level.OVERLAY)
 
 
 def wanted(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +13,32 @@ from typing import Any
 import msgspec
 
 from qmpsnap.engine import delete, dependents, layers
+from qmpsnap.engine.levels import newest_bitmaps
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRefused
 from qmpsnap.host import journal
+from qmpsnap.host import process as host_process
+from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor.block import bitmap, fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
 from qmpsnap.store.layout import STORAGE
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
+CHANGES = "changes"
+"""QEMU's socket in the folder for the sockets of a copy."""
 
 
 class Owed(msgspec.Struct, frozen=True):
-    """The first line of a `create` or `refresh` in the journal: what it is about to change."""
+    """The first line of a `create` or `refresh` in the journal: what it is about to change.
+
+    *process* is the QEMU that it is about to change; *sockets* the folder for those of a copy.
+    """
 
     phase: str
     running: bool
@@ -42,6 +52,8 @@ class Owed(msgspec.Struct, frozen=True):
     verb: str = "create"
     of: str | None = None
     bitmaps: list[str] = []
+    process: ProcessFacts | None = None
+    sockets: str | None = None
 
     def point(self, id: str) -> str:
         """The point that is being made: a snapshot, or a revision of the snapshot *of*."""
@@ -90,15 +102,47 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             owed = msgspec.convert(record.lines[0], Owed)
             await _refuse_other(monitor, machine, owed)
             phase = Phase(record.lines[-1]["phase"])
+            await _sockets_gone(monitor, owed)
             if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
                 did = await undo(
                     roots, machine, monitor, record.id, owed, phase, thaw=owed.freeze and crashed
                 )
+            else:
+                await sweep(roots, machine, monitor)
         entry.close()
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
     return settled
+
+
+async def sweep(roots: Roots, machine: Machine, monitor: Monitor) -> None:
+    """Remove the bitmaps of ours that no increment needs any more.
+
+    The old ones have recorded on until the new point was sealed. Raises MonitorError.
+    """
+    points = await asyncio.to_thread(read_points, roots.local, machine.name)
+    needed = newest_bitmaps(points)
+
+    def keep(name: str) -> bool:
+        parsed = bitmap.parse(name)
+        return parsed is None or parsed.vm != machine.name or name in needed
+
+    await bitmap.remove_all(monitor, keep)
+
+
+async def _sockets_gone(monitor: Monitor, owed: Owed) -> None:
+    if owed.sockets is not None and await asyncio.to_thread(_is_ours, Path(owed.sockets)):
+        await dirty.broken_off(monitor, Path(owed.sockets) / CHANGES)
+        await asyncio.to_thread(shutil.rmtree, owed.sockets, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    # it lies where everybody can make folders
+    try:
+        return folder.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 async def _refuse_other(monitor: Monitor, machine: Machine, owed: Owed) -> None:
@@ -143,16 +187,28 @@ async def undo(
                 frozen = failed
     await _set_back(monitor, owed)
     await target.forget_all(monitor)
-    live = touched and phase is not Phase.COPIED
+    # what that very QEMU does not know of any more was folded, or never used
+    live = touched and phase is not Phase.COPIED and not await _is_the_same(monitor, owed)
     kept = await layers.take_back(monitor, owed.laid, may_be_live=live)
     did.append("overlays were taken back")
-    did += [f"kept {path}: it may hold writes of the guest" for path in kept]
+    for path in kept:
+        log.warning("%s is kept: QEMU runs without it, and the guest had written to it", path)
+    did += [f"kept {path}: the guest had written to it" for path in kept]
     # the ones before them have recorded all the while
     await bitmap.remove_all(monitor, lambda name: name not in owed.bitmaps)
     await asyncio.to_thread(remove, roots.local.point(machine.name, owed.point(id)))
     if frozen is not None:
         raise frozen  # all else is done: the debt stands until somebody has thawed the guest
     return did
+
+
+async def _is_the_same(monitor: Monitor, owed: Owed) -> bool:
+    """Whether this is the QEMU process that was changed, and not a later one of the same VM."""
+    known = owed.process
+    if known is None or not await asyncio.to_thread(host_process.still_runs, known):
+        return False
+    threads = [one["thread-id"] for one in await monitor.execute("query-cpus-fast")]
+    return bool(threads) and host_process.of_thread(threads[0]) == known.pid
 
 
 async def _set_back(monitor: Monitor, owed: Owed) -> None:

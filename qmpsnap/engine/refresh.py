@@ -87,12 +87,14 @@ async def refresh(
             folder = roots.local.point(machine.name, f"{of}/{id}")
             try:
                 captured = await instant(monitor, made, facts, debt, folder, report)
-                copied = await copies.taken(monitor, made, debt, folder, points, copying, report)
+                copied = await copies.taken(
+                    monitor, made, debt, folder, points, copying, report, asked=Level.AUTO
+                )
             except BaseException:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
                 raise
         half = await _sealed(roots, machine, made, captured, copied, of, points, debt)
-        await copies.sweep_bitmaps(roots, machine, made)
+        await copies.paid(roots, machine, made, debt)
         await copies.digested(roots, half, report)
     return Refreshed(
         id=of,
@@ -131,7 +133,6 @@ async def _sealed(
         await finish(given_up_later(roots, machine, debt, str(made.id)), within=3600)
         raise
     await debt.note(Phase.SEALED)
-    await asyncio.to_thread(debt.entry.close)
     return half
 
 

@@ -12,7 +12,7 @@ from qmpsnap.engine import configuration
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.identity import identity_of
-from qmpsnap.engine.plan import Plan, PlannedDisk
+from qmpsnap.engine.plan import Plan, PlannedDisk, cheapest
 from qmpsnap.engine.roots import host_id, moment
 from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import Level
@@ -99,14 +99,19 @@ def storage(
         taken_at=moment(captured.pause.stopped_at),
         revision=revision,
         revision_id=str(plan.id) if of else None,
-        level=_LEVELS[plan.level],
+        level=_LEVELS[cheapest(_level(disk, copied.get(disk.label)) for disk in plan.disks)],
         disks=[_disk(disk, copied.get(disk.label)) for disk in plan.disks],
         left_out=list(plan.left_out),
     )
 
 
+def _level(disk: PlannedDisk, copied: Copied | None) -> Level:
+    return Level.FULL if copied is not None and copied.instead else disk.chosen.level
+
+
 def _disk(disk: PlannedDisk, copied: Copied | None) -> Disk:
-    beneath = disk.chosen.beneath
+    instead = copied.instead if copied is not None else ""
+    beneath = disk.chosen.beneath if not instead else None
     whole = Disk(
         label=disk.label,
         device=disk.site.name,
@@ -114,12 +119,12 @@ def _disk(disk: PlannedDisk, copied: Copied | None) -> Disk:
         origin=disk.site.origin,
         node=disk.site.disk.top.name,
         role="pflash" if disk.site.flash else "disk",
-        level=_LEVELS[disk.chosen.level],
+        level=_LEVELS[_level(disk, copied)],
         virtual_size_bytes=disk.site.disk.top.virtual_size,
         chain=[],
         overlay=None,
         parent=beneath.name if beneath is not None else None,
-        reason=disk.chosen.reason,
+        reason=instead or disk.chosen.reason,
         bitmap=disk.bitmap,
     )
     if copied is None:

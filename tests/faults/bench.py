@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 from collections.abc import AsyncIterator
@@ -19,6 +20,8 @@ from tests.rig.wire import Wire, Witness, wired, witness
 
 _OURS = re.compile(r"-(\d{8}T\d{9}Z)$")
 _DEFAULTS = {"max-bandwidth": 128 << 20, "downtime-limit": 300}
+_SIZE = 16 << 20  # of each disk
+CLUSTER = 65536
 
 
 def wishes(ram: RamChoice, **other: Any) -> Wishes:
@@ -36,7 +39,10 @@ class Bench:
     local: Path
     store: Path
     disks: list[Path]
+    model: dict[str, bytearray] = field(default_factory=dict, repr=False)
+    """What the guest has written, by the disk's device."""
     _listed: set[str] = field(default_factory=set)
+    _writes: int = 0
 
     def engine(self) -> Engine:
         return Engine(self.local, self.store, allow_local_store=True)
@@ -62,6 +68,70 @@ class Bench:
                 image = image.get("backing-image")
             found.append(files)
         return found
+
+    def guest_writes(self, *clusters: int, eye: Witness | None = None) -> None:
+        """The guest fills these clusters of both disks, each time with other bytes."""
+        for device, content in self.model.items():
+            for cluster in clusters:
+                self._writes += 1
+                pattern, at = self._writes % 255 + 1, cluster * CLUSTER
+                backend = f"/machine/peripheral/{device}/virtio-backend"
+                line = f'qemu-io -d {backend} "write -P {pattern} {at} {CLUSTER}"'
+                said = (eye or self.witness).ask("human-monitor-command", **{"command-line": line})
+                assert "error" not in said.lower(), said
+                content[at : at + CLUSTER] = bytes([pattern]) * CLUSTER
+
+    def disks_now(self) -> dict[str, bytes]:
+        """What the guest would read now, had it read it all; to be compared with a point."""
+        return {device: bytes(content) for device, content in self.model.items()}
+
+    def points(self) -> dict[str, Any]:
+        """Every sealed point of the local half: its name, and what its `storage.json` says."""
+        vm = self.local / "vm"
+        found = {
+            str(path.parent.relative_to(vm)): json.loads(path.read_bytes())
+            for path in (*vm.glob("*/storage.json"), *vm.glob("*/*/storage.json"))
+        }
+        return dict(sorted(found.items(), key=lambda one: one[1]["revision_id"] or one[1]["id"]))
+
+    def holds(self, point: str) -> dict[str, bytes]:
+        """The disks at *point*, as qemu-img reads them off its images."""
+        found = {}
+        for disk in self.points()[point]["disks"]:
+            top = disk["chain"][0]
+            flat = self.local.parent / "flat"
+            convert = ["qemu-img", "convert", "-U", "-f", top["format"], "-O", "raw"]
+            subprocess.run([*convert, top["path"], flat], check=True)
+            found[disk["device"]] = flat.read_bytes()
+            flat.unlink()
+        return found
+
+    def levels(self, point: str) -> set[str]:
+        """What the disks became at *point*."""
+        return {disk["level"] for disk in self.points()[point]["disks"]}
+
+    def nothing_of_a_copy_is_left(self) -> None:
+        """No export, server or scratch overlay, and of bitmaps those of the newest copies."""
+        look = self.witness.ask
+        assert look("query-block-exports") == []
+        probe = {"type": "unix", "data": {"path": str(self.local.parent / "probe")}}
+        look("nbd-server-start", addr=probe)  # refused, were there a server
+        look("nbd-server-stop")
+        assert [path.name for path in self.local.parent.glob(".qmpsnap-*")] == []
+        assert [path.name for path in self.local.rglob("*.partial*")] == []
+        needed = {
+            disk["label"]: disk["bitmap"]
+            for point in self.points().values()
+            for disk in point["disks"]
+            if disk["level"] != "overlay"
+        }
+        bitmaps = [
+            one
+            for node in look("query-named-block-nodes", flat=True)
+            for one in node.get("dirty-bitmaps", ())
+        ]
+        assert {one["name"] for one in bitmaps} == set(needed.values())
+        assert all(one["recording"] and not one["busy"] for one in bitmaps), bitmaps
 
     def halves(self) -> set[str]:
         """The IDs of whole snapshots, as a plain look at the two roots tells them."""
@@ -90,6 +160,7 @@ class Bench:
         parameters = look("query-migrate-parameters")
         assert {name: parameters[name] for name in _DEFAULTS} == _DEFAULTS
         assert look("query-fdsets") == []
+        self.nothing_of_a_copy_is_left()
         ids = self.halves()
         if ids != self._listed:
             entries = await self.engine().list("vm")
@@ -120,7 +191,7 @@ def options(folder: Path, *, memory: int = 64, images: bool = True) -> tuple[lis
     for disk in disks:
         kind = disk.suffix[1:]
         if images:
-            subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "16M"], check=True)
+            subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, str(_SIZE)], check=True)
         line += [
             "-blockdev",
             f"driver={kind},node-name={disk.stem},file.driver=file,file.filename={disk}",
@@ -136,4 +207,5 @@ async def bench(qemu: Path, folder: Path, store: Path) -> AsyncIterator[Bench]:
     async with running(qemu, *line, directory=folder) as process:
         with wired(folder / "wire", process.qmp) as wire, witness(process.witness) as eye:
             eye.until_running(within=10)
-            yield Bench(process, wire, eye, folder / "local", store, images)
+            content = {f"v{image.stem}": bytearray(_SIZE) for image in images}
+            yield Bench(process, wire, eye, folder / "local", store, images, content)
