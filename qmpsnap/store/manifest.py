@@ -154,7 +154,10 @@ class Merged(Struct, frozen=True, kw_only=True):
 
 
 class Digests(Struct, frozen=True, kw_only=True):
-    """`digests.json`: the BLAKE3 of each image that a point has written, by its file's name."""
+    """`digests.json`: the BLAKE3 of each image that a point has written, by its file's name.
+
+    `storage.json` (as `kept.json`, too) and `merged.json` beside them are among the *images*.
+    """
 
     format: Literal["qmpsnap-digests"] = "qmpsnap-digests"
     version: Version = 1
