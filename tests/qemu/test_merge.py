@@ -299,9 +299,12 @@ async def test_a_deletion_that_was_cut_off_is_ended(series: Series) -> None:
     names = series.chain(3)
     Journal(series.root.journal(VM)).open_entry(names[1], {"verb": "delete", "phase": "deleting"})
     Journal(series.root.journal(VM)).open_entry(names[0], {"verb": "create", "phase": "planned"})
-    got = fates((await series.engine.prune(series.machine, Policy(last=1))).fates)
-    # what else is owed is for `recover` to settle
+    # whatever the policy says of it
+    got = fates((await series.engine.prune(series.machine, Policy(last=3))).fates)
     assert got == {names[0]: "keep", names[1]: "remove", names[2]: "keep"}
+    # what else is owed is for `recover` to settle
+    got = fates((await series.engine.prune(series.machine, LAST)).fates)
+    assert got == {names[0]: "keep", names[2]: "keep"}
     assert [one.id for one in pending(series.root.journal(VM))] == [names[0]]
     await series.expect(names[0], names[2])
 
@@ -347,40 +350,45 @@ async def _cut(series: Series, last: int) -> tuple[int, int]:
     return process.returncode, int(out or 0)
 
 
-def _built(dir: Path, store: Path) -> tuple[Series, list[str]]:
-    dir.mkdir()
-    store.mkdir()
+async def _built(dir: Path, store: Path) -> tuple[Series, list[str]]:
+    """Two expired ones beneath one that has come from a merge itself, and another on that."""
     series = Series(dir, store)
-    names = series.chain(2)
-    names.append(series.add({"vda": names[1]}))
-    return series, names
+    names = series.chain(4)
+    for name in names[:2]:
+        await series.engine.protect(VM, name)
+    await series.engine.prune(series.machine, LAST)
+    for name in names[:2]:
+        await series.engine.unprotect(VM, name)
+    await series.engine.protect(VM, names[3])
+    return series, [names[3], series.add({"vda": names[3]})]
 
 
 @pytest.mark.timeout(900)
 async def test_cut_off_before_every_step_and_run_once_more(short: Path, store: Path) -> None:
-    series, names = _built(short / "control", store / "control")
+    series, stay = await _built(short / "control", store / "control")
+    assert len(list(points.read(series.root, VM))) == 4
     code, steps = await _cut(series, 0)
     assert code == 0
     assert steps > 30
-    await series.expect(names[-1])
+    await series.expect(*stay)
 
     async def survives(last: int) -> None:
-        series, names = _built(short / str(last), store / str(last))
+        series, stay = await _built(short / str(last), store / str(last))
         code, _ = await _cut(series, last)
         assert code == (9 if last <= steps else 0)
         there = points.read(series.root, VM)
         assert there.damaged == {}
-        listed = [entry for entry in await series.engine.list(VM) if entry.state == "paired"]
-        assert names[-1] in {entry.id for entry in listed}
+        listed = [one.id for one in await series.engine.list(VM) if one.state == "paired"]
+        assert set(stay) <= set(listed)
         # until it is run once more an image may be without its digest, never without its content
-        await series.expect(*(entry.id for entry in listed), sound=False)
+        await series.expect(*listed, sound=False)
         done = await series.engine.prune(series.machine, LAST)
-        assert (done.failed, fates(done.fates)[names[-1]]) == ([], "keep")
-        assert [one.name for one in points.read(series.root, VM)] == names[-1:], last
-        assert [path.name for path in (series.store / VM).iterdir()] == names[-1:]
+        assert done.failed == []
+        assert [one.name for one in points.read(series.root, VM)] == stay, last
+        assert sorted(path.name for path in (series.store / VM).iterdir()) == stay
         assert pending(series.root.journal(VM)) == []
         assert list(series.dir.rglob("*.partial")) == []
-        await series.expect(names[-1])
+        await series.expect(*stay)
 
     # several at a time: each waits for processes most of the time
     todo = iter(range(1, steps + 2))
@@ -392,6 +400,51 @@ async def test_cut_off_before_every_step_and_run_once_more(short: Path, store: P
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
             group.create_task(some())
+
+
+async def test_called_off_in_the_middle_nothing_is_left(
+    series: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = series.chain(3)
+    await series.engine.protect(VM, names[0])
+    begun = asyncio.Event()
+
+    async def endless(*_: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(qemu_img, "rebase", endless)
+    task = asyncio.create_task(series.engine.prune(series.machine, LAST))
+    await begun.wait()
+    assert list(series.dir.rglob("*.partial")) != []
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(series.dir.rglob("*.partial")) == []
+    await series.expect(names[0], names[2])
+    monkeypatch.undo()
+    assert await pruned(series) == {names[0]: "keep", names[1]: "remove", names[2]: "keep"}
+    await series.expect(names[0], names[2])
+
+
+async def test_without_room_the_images_stay(
+    series: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = series.chain(3)
+    real = os.statvfs
+
+    def full(path: Path) -> os.statvfs_result:
+        return os.statvfs_result((*real(path)[:4], 1, *real(path)[5:]))
+
+    monkeypatch.setattr(os, "statvfs", full)
+    done = await series.engine.prune(series.machine, LAST)
+    assert "no room" in done.failed[0]
+    assert fates(done.fates) == {names[0]: "images", names[1]: "images", names[2]: "keep"}
+    assert list(series.dir.rglob("*.partial")) == []
+    monkeypatch.undo()
+    await series.expect(names[2])
+    assert set((await pruned(series)).values()) == {"remove", "keep"}
+    await series.expect(names[2])
 
 
 def test_a_plan_of_merges_ends_with_a_machine_on_top(series: Series) -> None:

@@ -42,6 +42,10 @@ class Series:
     chance: random.Random = field(default_factory=lambda: random.Random(7))
     _taken: datetime = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
+    def __post_init__(self) -> None:
+        self.dir.mkdir(exist_ok=True)
+        self.store.mkdir(exist_ok=True)
+
     @property
     def root(self) -> LocalRoot:
         return LocalRoot(self.dir / "local")
