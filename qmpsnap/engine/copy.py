@@ -18,7 +18,7 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.plan import PlannedDisk
 from qmpsnap.engine.recover import CHANGES
 from qmpsnap.engine.wishes import Copying, Level
-from qmpsnap.errors import JobFailed, LocalFailed, VmBusy
+from qmpsnap.errors import JobFailed, LocalFailed, MonitorLost, VmBusy
 from qmpsnap.host import qemu_img, qemu_nbd
 from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.monitor import Monitor
@@ -83,10 +83,10 @@ async def copied(
                 raise JobFailed(f"disk {disk.site.name}: {busy}", hint=busy.hint) from busy
             log.warning("disk %s: a full instead: %s", disk.site.name, busy)
     if ranges is None:
-        path, format, means, written = await _full(disk, folder, how, tell)
+        path, format, means, written = await _full(monitor, disk, folder, how, tell)
     else:
         path, format, means, written = await _increment(
-            disk, ranges, folder, points, how, tell, sockets
+            monitor, disk, ranges, folder, points, how, tell, sockets
         )
     health = await qemu_img.check(path, format)
     if health.corruptions:
@@ -97,7 +97,11 @@ async def copied(
 
 
 async def _full(
-    disk: PlannedDisk, folder: Path, how: Copying, tell: Callable[[int, int, str], None]
+    monitor: Monitor,
+    disk: PlannedDisk,
+    folder: Path,
+    how: Copying,
+    tell: Callable[[int, int, str], None],
 ) -> tuple[Path, str, Means, int]:
     chain, source = disk.site.disk.chain, Path(disk.site.paths[0])
     format = chain[0].driver if chain[0].driver in {"qcow2", "raw"} else "raw"
@@ -116,7 +120,7 @@ async def _full(
         )
         return path, "qcow2", "convert", await asyncio.to_thread(_on_disk, path)
     path = folder / f"{disk.label}.{format}"
-    with _stopping() as stop:
+    with _stopping(monitor) as stop:
         done = await _to_its_end(
             stop,
             lambda: copying.copy(
@@ -165,6 +169,7 @@ async def _changes(monitor: Monitor, disk: PlannedDisk, points: Points, sockets:
 
 
 async def _increment(
+    monitor: Monitor,
     disk: PlannedDisk,
     ranges: Ranges,
     folder: Path,
@@ -180,7 +185,7 @@ async def _increment(
     top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
     format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
     async with qemu_nbd.serving(frozen, format, sockets / "frozen"):
-        with _stopping() as stop, client.Reader(sockets / "frozen", "") as reader:
+        with _stopping(monitor) as stop, client.Reader(sockets / "frozen", "") as reader:
             written = await _to_its_end(
                 stop,
                 lambda: increment.write(
@@ -256,20 +261,39 @@ def private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Stop:
+    """What a copy in a thread asks: whether it is still wanted. Without QEMU it is for nothing."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor, self._event = monitor, threading.Event()
+        self.set = self._event.set
+
+    def is_set(self) -> bool:
+        return self._event.is_set() or self._monitor.lost
+
+    def why(self) -> MonitorLost:
+        return MonitorLost(f"{self._monitor.path}: QEMU went away during the copy")
+
+
 @contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    stop = threading.Event()
+def _stopping(monitor: Monitor) -> Iterator[_Stop]:
+    stop = _Stop(monitor)
     try:
         yield stop
     finally:
         stop.set()
 
 
-async def _to_its_end(stop: threading.Event, work: Callable[[], T]) -> T:
-    """Run *work* in a thread that yields; cancelled, it is stopped and waited for."""
+async def _to_its_end(stop: _Stop, work: Callable[[], T]) -> T:
+    """Run *work* in a thread that yields; cancelled, it is stopped and waited for.
+
+    Raises what *work* does, and MonitorLost when QEMU went away meanwhile.
+    """
     task = asyncio.ensure_future(in_background(work))
     try:
         return await asyncio.shield(task)
+    except copying.Cancelled as stopped:
+        raise stop.why() from stopped
     except asyncio.CancelledError:
         stop.set()
         with suppress(TimeoutError):  # a target that hangs: the thread ends when it no more does

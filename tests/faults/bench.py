@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -109,6 +110,16 @@ class Bench:
     def levels(self, point: str) -> set[str]:
         """What the disks became at *point*."""
         return {disk["level"] for disk in self.points()[point]["disks"]}
+
+    async def copying(self) -> Path:
+        """Wait until a copy is under way; the file that it writes, which has yet to grow."""
+        async with asyncio.timeout(30):
+            while True:
+                for path in (self.local / "vm").glob("*/*.partial*"):
+                    with contextlib.suppress(FileNotFoundError):
+                        if path.stat().st_blocks:
+                            return path
+                await asyncio.sleep(0.01)
 
     def nothing_of_a_copy_is_left(self) -> None:
         """No export, server or scratch overlay, and of bitmaps those of the newest copies."""

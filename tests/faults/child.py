@@ -18,7 +18,7 @@ from typing import Any
 
 from qmpsnap.engine.engine import Engine
 from qmpsnap.engine.machine import Machine
-from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
+from qmpsnap.engine.wishes import Copying, Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import SnapError
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.hypervisor.vmstate import session
@@ -36,18 +36,23 @@ def engine(
     max_pause: float = 20,
     margin: float | None = None,
     die: str = "",
+    level: Level = Level.OVERLAY,
+    limit: int | None = None,
+    sockets: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`create` in a new process. *die*, as in `before sealed`: it kills itself at that note of
-    its journal. *margin* is the watchdog's, in seconds."""
+    its journal. *margin* is the watchdog's, in seconds. *limit*: bytes a second for a copy;
+    *sockets*: where temporary files go."""
     said = {
         "qmp": str(qmp), "local": str(local), "store": str(store), "ram": ram.value,
         "agent": str(agent) if agent else None, "max_pause": max_pause, "margin": margin,
-        "die": die,
+        "die": die, "level": level.value, "limit": limit,
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.child", json.dumps(said)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        env={**os.environ, **({"TMPDIR": str(sockets)} if sockets else {})},
     )
     try:
         yield process
@@ -88,7 +93,8 @@ async def _create(said: dict[str, Any]) -> dict[str, Any]:
     made = Engine(Path(said["local"]), Path(said["store"]), allow_local_store=True)
     machine = Machine("vm", Path(said["qmp"]), Path(said["agent"]) if said["agent"] else None)
     wishes = Wishes(
-        level=Level.OVERLAY,
+        level=Level(said["level"]),
+        copying=Copying(limit=said["limit"]),
         ram=RamChoice(said["ram"]),
         max_pause=said["max_pause"],
         quiesce=Quiesce.AGENT if said["agent"] else Quiesce.NONE,
