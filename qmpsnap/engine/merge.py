@@ -21,6 +21,7 @@ import msgspec
 from qmpsnap.engine.capture import Report
 from qmpsnap.errors import BaseChanged, DamagedData, DigestMismatch, LocalFailed
 from qmpsnap.host import qemu_img
+from qmpsnap.host.priority import in_background
 from qmpsnap.store import copying, digests, files, image, sink
 from qmpsnap.store.layout import DIGESTS, MERGED, PARTIAL
 from qmpsnap.store.manifest import Disk, Image, Merged, Replacement, decode, encode
@@ -138,7 +139,7 @@ async def merge(points: Points, top: Point, runs: Collection[Run], report: Repor
     LocalFailed; the old images are there then, under their names.
     """
     for name in {top.name, *(name for run in runs for name in run.expired)}:
-        await asyncio.to_thread(_expect_sound, points.by_name[name], report)
+        await in_background(_expect_sound, points.by_name[name], report)
     new = {run: Path(_own(top, run.label).path + PARTIAL) for run in runs}
     try:
         for run, path in new.items():
@@ -149,7 +150,7 @@ async def merge(points: Points, top: Point, runs: Collection[Run], report: Repor
         raise
     for run, path in new.items():
         await asyncio.to_thread(_swap, top, run, path)
-    await asyncio.to_thread(_hash, top, report)
+    await in_background(_hash, top, report)
 
 
 def _expect_sound(point: Point, report: Report) -> None:
@@ -196,7 +197,7 @@ async def _copy(src: Path, dst: Path) -> None:
     left = threading.Event()
     work = partial(copying.copy, src, dst, limit=None, reserve=0, on_progress=None)
     try:
-        await asyncio.to_thread(work, cancelled=left.is_set)
+        await in_background(work, cancelled=left.is_set)
     finally:
         left.set()
 
