@@ -14,6 +14,7 @@ from qmpsnap.engine import layers, recover
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.copy import Copied, copied
 from qmpsnap.engine.debt import Debt
+from qmpsnap.engine.levels import is_copy
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan
@@ -24,8 +25,9 @@ from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block import fold
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import digests
-from qmpsnap.store.manifest import Storage
+from qmpsnap.store.layout import DIGESTS
 from qmpsnap.store.points import Points
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +88,19 @@ async def paid(roots: Roots, machine: Machine, made: Plan, debt: Debt) -> None:
     await asyncio.to_thread(debt.entry.close)
 
 
-async def digested(roots: Roots, half: Storage, report: Report) -> None:
-    """Write down the digests of the images that *half* has written; raises LocalFailed."""
-    names = [Path(disk.chain[0].path).name for disk in half.disks if disk.means != "frozen"]
-    if names:
-        folder = roots.local.point(half.vm, half.point)
-        await in_background(digests.take, folder, half.point, names, _telling(report))
+async def digested(roots: Roots, vm: str, report: Report) -> None:
+    """Write down the digests of all images of *vm* that have none yet.
+
+    That is what was just sealed, and what an engine that died had sealed before. Where it fails
+    the points are whole all the same, and `verify` tells what is missing.
+    """
+    for point in await asyncio.to_thread(read_points, roots.local, vm):
+        names = [Path(disk.chain[0].path).name for disk in point.storage.disks if is_copy(disk)]
+        if names and not await asyncio.to_thread((point.folder / DIGESTS).exists):
+            try:
+                await in_background(digests.take, point.folder, point.name, names, _telling(report))
+            except LocalFailed as failed:
+                log.warning("%s %s was not hashed: %s", vm, point.name, failed)
 
 
 def _telling(report: Report) -> Callable[[int, int, str], None]:

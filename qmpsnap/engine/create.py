@@ -136,11 +136,12 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             delivered = await ship(roots, machine.name, str(id), report)
         except NotShipped as waiting:
             waiting.created = created(roots, half, manifest, shipped=None)
+            await copies.digested(roots, machine.name, report)
             raise
         _, waiting_still = await ship_waiting(roots, machine.name, report)
         for trouble in waiting_still:
             log.warning("%s", trouble)
-        await copies.digested(roots, half, report)
+        await copies.digested(roots, machine.name, report)
     return created(roots, half, manifest, shipped=delivered.bytes)
 
 

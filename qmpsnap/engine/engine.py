@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qmpsnap.engine import (
     boot,
+    copies,
     create,
     delete,
     export,
@@ -217,10 +218,11 @@ class Engine:
         async with lock.held(self.roots.local.lock(machine.name), "recover"):
             try:
                 async with connect(machine.socket) as monitor:
-                    return await recover.recover(self.roots, machine, monitor)
+                    settled = await recover.recover(self.roots, machine, monitor)
             except (MonitorAbsent, VmUnknown) as absent:
                 settled = await offline.settle_offline(self.roots, machine)
                 if not settled:
                     raise
                 log.info("%s; its disks were settled without QEMU", absent)
-                return settled
+            await copies.digested(self.roots, machine.name, self._report)
+            return settled

@@ -65,7 +65,7 @@ def choose(asked: Level, site: Site, label: str, points: Points, *, under: str =
 
 def _since(site: Site, label: str, points: Points, under: str) -> tuple[Since | None, str]:
     """The newest point that the changes since are known of; or why there is none."""
-    copied = [one for one in points if _is_copy(one.disk(label))]
+    copied = [one for one in points if is_copy(one.disk(label))]
     if copied:
         return _by_bitmap(site, label, points, copied[-1])
     refreshed = [one for one in points if one.storage.id == under and one.disk(label)]
@@ -74,7 +74,8 @@ def _since(site: Site, label: str, points: Points, under: str) -> tuple[Since | 
     return None, "the first copy of this disk"
 
 
-def _is_copy(disk: Disk | None) -> bool:
+def is_copy(disk: Disk | None) -> bool:
+    """Whether a point has an image of its own of this disk."""
     return disk is not None and disk.level != "overlay"
 
 

@@ -95,7 +95,7 @@ async def refresh(
                 raise
         half = await _sealed(roots, machine, made, captured, copied, of, points, debt)
         await copies.paid(roots, machine, made, debt)
-        await copies.digested(roots, half, report)
+        await copies.digested(roots, machine.name, report)
     return Refreshed(
         id=of,
         vm=machine.name,
