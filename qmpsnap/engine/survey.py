@@ -19,7 +19,7 @@ from qmpsnap.hypervisor.block import graph, job
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine import attach, inventory
 from qmpsnap.hypervisor.machine.drives import slots
-from qmpsnap.hypervisor.machine.options import Blockdev
+from qmpsnap.hypervisor.machine.options import Blockdev, Device
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate import migration
 
@@ -226,6 +226,12 @@ def _on_command_line(
                 fields = blockdev.fields
                 aio = fields.get("file.aio") or fields.get("aio")
                 return name, _some(fields.get("discard"), aio)
+    # and that one is gone once it was folded: only the device still names it
+    for option in attached.line.all("device"):
+        device = Device.of(option)
+        drive = device.fields.get("drive")
+        if drive is not None and device.id == disk.name:
+            return drive, {}
     return node, {}
 
 
