@@ -10,9 +10,9 @@ from msgspec import Struct
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.export import Exported
+from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.info import Info
 from qmpsnap.engine.protect import Protection
-from qmpsnap.engine.prune import Fate
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.manifest import Manifest, Storage

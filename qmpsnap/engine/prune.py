@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal
 
 import msgspec
 
-from qmpsnap.engine import delete, dependents, listing, merge, retention
+from qmpsnap.engine import delete, dependents, listing, merge, runs
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.fates import Fate, decided, outcome, with_earlier
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.protect import is_protected
 from qmpsnap.engine.retention import Policy
@@ -20,33 +19,10 @@ from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused, VmB
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.store import files, points
-from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.points import Points
 
 log = logging.getLogger(__name__)
-GONE = "deleted"
-"""The state of what `list` shows no more, and whose images are still here."""
-
-_CUT_OFF = "its deletion was cut off"
-_EXPIRED = "no rule keeps it"
-_UNNEEDED = "nothing stands on its images any more"
 _UNSETTLED = "a run that was cut off has yet to be settled: `qmpsnap recover`"
-
-
-class Fate(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of one snapshot, and why.
-
-    `keep`: nothing changes. `remove`: both halves and all images go. `images`: it is no snapshot
-    any more, but its images stay, for others stand on them. *state* is as `list` says it, or
-    `deleted` for one that was deleted earlier, and whose images had to stay.
-    """
-
-    vm: str
-    id: str
-    taken_at: str | None
-    state: str
-    decision: Literal["keep", "remove", "images"]
-    reasons: list[str]
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +54,7 @@ async def prune(
     Raises UsageError for an empty policy, VmBusy and MonitorBusy; StoreError and StoreRefused when
     the store cannot be reached: what was removed by then is removed whole.
     """
+    policy.refuse_empty()
     vm = machine.name
     if dry_run:
         return Pruned(vm=vm, fates=await _foreseen(roots, vm, policy, merging=merging))
@@ -92,7 +69,7 @@ async def prune(
         await asyncio.to_thread(merge.finish, there, report)
         fates = await _decided(roots, vm, policy)
         fates, debts, unreachable = await _removed(roots, vm, fates)
-        fates = _with_earlier(there, fates)
+        fates = with_earlier(there, fates)
         fates, failed = await _merged(roots, vm, fates, report, merging=merging)
         folded = await delete.fold_unkept(roots, machine, monitor) if monitor is not None else []
         for debt in debts:
@@ -107,8 +84,8 @@ async def _foreseen(roots: Roots, vm: str, policy: Policy, *, merging: bool) -> 
     there = await asyncio.to_thread(points.read, roots.local, vm)
     going = {fate.id for fate in fates if fate.decision == "remove"}
     expired = {one.name for one in there if one.kept or one.storage.id in going}
-    plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
-    return _told(there, _with_earlier(there, fates), expired, plan, {}, merging=merging)
+    plan = runs.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
+    return outcome(there, with_earlier(there, fates), expired, plan, {}, merging=merging)
 
 
 async def _decided(roots: Roots, vm: str, policy: Policy) -> list[Fate]:
@@ -120,55 +97,6 @@ async def _decided(roots: Roots, vm: str, policy: Policy) -> list[Fate]:
         if who := await asyncio.to_thread(_who, roots, vm, id):
             hindered[id] = who
     return decided(entries, policy, datetime.now(UTC), protected, hindered, cut)
-
-
-def decided(
-    entries: Sequence[Entry],
-    policy: Policy,
-    now: datetime,
-    protected: Collection[str],
-    hindered: Mapping[str, str],
-    cut: Collection[str],
-) -> list[Fate]:
-    """What becomes of each of *entries*. *protected*, *cut* (whose deletion was cut off): IDs;
-    *hindered*: why a snapshot must not go now, by its ID.
-
-    Only pairs are counted: a snapshot that is not whole must not take the place of one that is.
-    """
-    pairs = [
-        (entry.id, datetime.fromisoformat(entry.taken_at))
-        for entry in entries
-        if entry.state == "paired" and entry.taken_at is not None and entry.id not in cut
-    ]
-    kept = {one.id: one for one in retention.decide(pairs, policy, now, set(protected))}
-    fates = []
-    for entry in entries:
-        decision: Literal["keep", "remove"] = "keep"
-        if entry.id in cut and entry.id in hindered:
-            reasons = [hindered[entry.id]]
-        elif entry.id in cut:
-            decision, reasons = "remove", [_CUT_OFF]
-        elif entry.id not in kept:
-            reasons = [f"{entry.state}: {entry.why}"]
-        elif kept[entry.id].keep:
-            reasons = [*kept[entry.id].reasons]
-        elif entry.id in hindered:
-            reasons = [hindered[entry.id]]
-        else:
-            decision, reasons = "remove", [_EXPIRED]
-        fates.append(_fate(entry, decision, reasons))
-    return fates
-
-
-def _fate(entry: Entry, decision: Literal["keep", "remove"], reasons: list[str]) -> Fate:
-    return Fate(
-        vm=entry.vm,
-        id=entry.id,
-        taken_at=entry.taken_at,
-        state=entry.state,
-        decision=decision,
-        reasons=reasons,
-    )
 
 
 def _debts(roots: Roots, vm: str) -> tuple[set[str], dict[str, str]]:
@@ -233,78 +161,20 @@ async def _merged(
     """Merge what can be; *fates* as they came to be, and what could not be merged."""
     there = await asyncio.to_thread(points.read, roots.local, vm)
     expired = {one.name for one in there if one.kept}
-    plan = merge.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
+    plan = runs.plan(there, expired, await asyncio.to_thread(_standing, roots, there))
     failed: dict[str, str] = {}
     for top in dict.fromkeys(run.top for run in plan.runs) if merging else []:
-        runs = [run for run in plan.runs if run.top == top]
+        several = [run for run in plan.runs if run.top == top]
         try:
-            await merge.merge(there, there.by_name[top], runs, report)
+            await merge.merge(there, there.by_name[top], several, report)
         except SnapError as trouble:
             log.warning("%s: nothing is merged into %s: %s", vm, top, trouble)
             failed[top] = str(trouble)
     await asyncio.to_thread(_swept, roots, vm)
-    told = _told(there, fates, expired, plan, failed, merging=merging)
-    return told, [f"{top}: {why}" for top, why in failed.items()]
+    fates = outcome(there, fates, expired, plan, failed, merging=merging)
+    return fates, [f"{top}: {why}" for top, why in failed.items()]
 
 
 def _swept(roots: Roots, vm: str) -> None:
     with files.told(roots.local.vm(vm), LocalFailed):
         delete.sweep(roots, vm)
-
-
-def _told(
-    there: Points,
-    fates: list[Fate],
-    expired: Collection[str],
-    plan: merge.Plan,
-    failed: Mapping[str, str],
-    *,
-    merging: bool,
-) -> list[Fate]:
-    """*fates* with what becomes of the images of the *expired* points, earlier ones among them.
-
-    *failed*: the points that nothing could be merged into, and why.
-    """
-    needed = there.needed({one.name for one in there if one.name not in expired})
-    reasons: dict[str, list[str]] = {}
-    stay: set[str] = set()
-    for point in there:
-        if point.name not in expired or point.name not in needed | plan.stuck.keys():
-            continue
-        into = plan.into(point.name) if merging else []
-        trouble = [
-            f"could not be merged into {top}: {failed[top]}" for top in into if top in failed
-        ]
-        if into and not trouble:
-            why = f"images merged into {', '.join(into)}"
-        else:
-            stay.add(point.storage.id)
-            above = ", ".join(one.name for one in there.standing_on(point.name))
-            why = "; ".join(trouble) or plan.stuck.get(point.name) or f"{above} stands on it"
-        reasons.setdefault(point.storage.id, []).append(why)
-    told = []
-    for fate in fates:
-        if fate.decision == "remove":
-            decision: Literal["remove", "images"] = "images" if fate.id in stay else "remove"
-            words = [*fate.reasons, *dict.fromkeys(reasons.get(fate.id, []))] or [_UNNEEDED]
-            fate = msgspec.structs.replace(fate, decision=decision, reasons=words)
-        told.append(fate)
-    return told
-
-
-def _with_earlier(there: Points, fates: list[Fate]) -> list[Fate]:
-    """*fates*, and those of what was deleted earlier."""
-    earlier = {
-        point.storage.id: Fate(
-            vm=there.vm,
-            id=point.storage.id,
-            taken_at=point.storage.taken_at,
-            state=GONE,
-            decision="remove",
-            reasons=[],
-        )
-        for point in reversed(list(there))
-        if point.kept
-    }
-    known = earlier | {fate.id: fate for fate in fates}
-    return sorted(known.values(), key=lambda fate: fate.id)

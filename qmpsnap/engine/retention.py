@@ -37,10 +37,13 @@ class Policy:
         """How many each rule keeps, by the rule's name."""
         return {"last": self.last} | {name: int(getattr(self, name)) for name in _PERIODS}
 
-    @property
-    def empty(self) -> bool:
-        """Whether no rule would keep anything."""
-        return self.within is None and not any(self.counts().values())
+    def refuse_empty(self) -> None:
+        """Raises UsageError when there is no rule: nothing would be kept."""
+        if self.within is None and not any(self.counts().values()):
+            raise UsageError(
+                "no rule says what is to be kept",
+                hint="say one, such as --keep-last 7 --keep-weekly 4",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +77,9 @@ def decide(
     snapshot may be the newest of several periods. What was taken after *now* is kept and not
     counted: a clock was wrong then, or is now. *protected* ones are kept, and counted.
 
-    Raises UsageError for a policy without a rule: it would keep nothing.
+    Raises UsageError for a policy without a rule.
     """
-    if policy.empty:
-        raise UsageError(
-            "no rule says what is to be kept", hint="say one, such as --keep-last 7 --keep-weekly 4"
-        )
+    policy.refuse_empty()
     reasons: dict[str, list[str]] = {id: [] for id, _ in snapshots}
     past = []
     for id, taken in snapshots:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.engine import merge
+from qmpsnap.engine import runs
 from qmpsnap.engine.dependents import Dependent, note
-from qmpsnap.engine.prune import Fate
+from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.retention import Policy
 from qmpsnap.errors import Refused, UsageError
 from qmpsnap.host import qemu_img
@@ -451,12 +451,12 @@ def test_a_plan_of_merges_ends_with_a_machine_on_top(series: Series) -> None:
     names = series.chain(4)
     there = points.read(series.root, VM)
     expired = set(names[:3])
-    assert merge.plan(there, expired, {}).runs == [
-        merge.Run("vda", names[3], (names[2], names[1], names[0]), None)
+    assert runs.plan(there, expired, {}).runs == [
+        runs.Run("vda", names[3], (names[2], names[1], names[0]), None)
     ]
-    held = merge.plan(there, expired, {names[3]: "a machine stands on it"})
-    assert held.runs == [merge.Run("vda", names[2], (names[1], names[0]), None)]
+    held = runs.plan(there, expired, {names[3]: "a machine stands on it"})
+    assert held.runs == [runs.Run("vda", names[2], (names[1], names[0]), None)]
     assert "a machine stands on it" in held.stuck[names[2]]
-    held = merge.plan(there, expired, {names[1]: "a machine stands on it"})
-    assert held.runs == [merge.Run("vda", names[3], (names[2],), names[1])]
+    held = runs.plan(there, expired, {names[1]: "a machine stands on it"})
+    assert held.runs == [runs.Run("vda", names[3], (names[2],), names[1])]
     assert set(held.stuck) == {names[0], names[1]}
