@@ -17,6 +17,7 @@ from typing import TypeVar
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.plan import PlannedDisk
 from qmpsnap.engine.recover import CHANGES
+from qmpsnap.engine.room import reserve
 from qmpsnap.engine.wishes import Copying, Level
 from qmpsnap.errors import JobFailed, LocalFailed, MonitorLost, VmBusy
 from qmpsnap.host import qemu_img, qemu_nbd
@@ -33,10 +34,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ranges = list[tuple[int, int]]
 """Offsets and lengths in bytes, in order, none touching the next."""
-
-# Bytes of the target's file system that we leave alone. Where the guest writes to the same one
-# (its overlay lies beside its disk), it must never be us who fill it up.
-_RESERVE, _RESERVE_OF_THE_GUEST = 16 << 20, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +124,7 @@ async def _full(
                 source,
                 path,
                 limit=how.limit,
-                reserve=_reserve(disk, folder),
+                reserve=reserve(disk, folder),
                 cancelled=stop.is_set,
                 on_progress=tell,
             ),
@@ -144,10 +141,10 @@ def _on_disk(path: Path) -> int:
 def _refuse_full(disk: PlannedDisk, folder: Path) -> None:
     """qemu-img looks after no reserve: what it could write at most has to fit beforehand."""
     needed = sum(node.actual_size for node in disk.site.disk.chain)
-    free, reserve = shutil.disk_usage(folder).free, _reserve(disk, folder)
-    if needed + reserve > free:
+    free, spare = shutil.disk_usage(folder).free, reserve(disk, folder)
+    if needed + spare > free:
         raise LocalFailed(
-            f"{folder}: no room for a copy of {disk.site.name}: {needed} bytes and {reserve} to "
+            f"{folder}: no room for a copy of {disk.site.name}: {needed} bytes and {spare} to "
             f"spare are needed, {free} are free"
         )
 
@@ -196,7 +193,7 @@ async def _increment(
                     extents=ranges,
                     read=reader.read,
                     limit=how.limit,
-                    reserve=_reserve(disk, folder),
+                    reserve=reserve(disk, folder),
                     cancelled=stop.is_set,
                     on_progress=tell,
                 ),
@@ -244,11 +241,6 @@ def merged(ranges: Ranges) -> Ranges:
 def _spelled(image: Path, folder: Path, parent: Path) -> str:
     """A backing file's name: relative within the local root, so that the root can be moved."""
     return os.path.relpath(image, folder) if image.parent == parent else str(image)
-
-
-def _reserve(disk: PlannedDisk, folder: Path) -> int:
-    shared = folder.stat().st_dev == disk.overlay.path.parent.stat().st_dev
-    return _RESERVE_OF_THE_GUEST if shared else _RESERVE
 
 
 @contextmanager

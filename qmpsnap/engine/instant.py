@@ -6,7 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from qmpsnap.engine import layers
+from qmpsnap.engine import layers, room
 from qmpsnap.engine.capture import Captured, Report, Shot
 from qmpsnap.engine.debt import Debt
 from qmpsnap.engine.phase import Phase
@@ -23,9 +23,11 @@ async def instant(
 ) -> Captured:
     """Carry the plan out up to the point in time; the stream of the RAM goes into *folder*.
 
-    The guest runs on its overlays afterwards. Raises what `Shot.take` raises.
+    The guest runs on its overlays afterwards. Raises Blocked where there is no room for what is
+    to come, and what `Shot.take` raises.
     """
     await asyncio.to_thread(_make, folder)
+    await asyncio.to_thread(room.expect, made.disks, folder)
     watch = watching(
         facts.machine.socket,
         facts.agent if made.freeze else None,

@@ -39,6 +39,7 @@ async def settle_offline(roots: Roots, machine: Machine) -> list[recover.Recover
             for one in owed.laid:
                 did += await _given_back(one, never_written=empty)
             await asyncio.to_thread(recover.remove, roots.local.point(machine.name, point))
+        await asyncio.to_thread(recover.remove_sockets, owed)
         await asyncio.to_thread(entry.close)
         settled.append(recover.Recovered(record.id, tuple(did) or ("nothing was left to do",)))
     return settled

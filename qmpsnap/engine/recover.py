@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             owed = msgspec.convert(record.lines[0], Owed)
             await _refuse_other(monitor, machine, owed)
             phase = Phase(record.lines[-1]["phase"])
-            await _sockets_gone(monitor, owed)
+            await _server_ended(monitor, owed)
+            await asyncio.to_thread(remove_sockets, owed)
             if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
                 did = await undo(
@@ -131,18 +133,23 @@ async def sweep(roots: Roots, machine: Machine, monitor: Monitor) -> None:
     await bitmap.remove_all(monitor, keep)
 
 
-async def _sockets_gone(monitor: Monitor, owed: Owed) -> None:
-    if owed.sockets is not None and await asyncio.to_thread(_is_ours, Path(owed.sockets)):
-        await dirty.broken_off(monitor, Path(owed.sockets) / CHANGES)
-        await asyncio.to_thread(shutil.rmtree, owed.sockets, ignore_errors=True)
+async def _server_ended(monitor: Monitor, owed: Owed) -> None:
+    if (folder := await asyncio.to_thread(_sockets, owed)) is not None:
+        await dirty.broken_off(monitor, folder / CHANGES)
 
 
-def _is_ours(folder: Path) -> bool:
+def remove_sockets(owed: Owed) -> None:
+    """Remove the folder for the sockets of a copy, if it is there and ours."""
+    if (folder := _sockets(owed)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sockets(owed: Owed) -> Path | None:
     # it lies where everybody can make folders
-    try:
-        return folder.lstat().st_uid == os.geteuid()
-    except OSError:
-        return False
+    with suppress(OSError):
+        if owed.sockets is not None and Path(owed.sockets).lstat().st_uid == os.geteuid():
+            return Path(owed.sockets)
+    return None
 
 
 async def _refuse_other(monitor: Monitor, machine: Machine, owed: Owed) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import subprocess
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +74,7 @@ class Bench:
             found.append(files)
         return found
 
-    def guest_writes(self, *clusters: int, eye: Witness | None = None) -> None:
+    def guest_writes(self, *clusters: int) -> None:
         """The guest fills these clusters of both disks, each time with other bytes."""
         for device, content in self.model.items():
             for cluster in clusters:
@@ -78,9 +82,35 @@ class Bench:
                 pattern, at = self._writes % 255 + 1, cluster * CLUSTER
                 backend = f"/machine/peripheral/{device}/virtio-backend"
                 line = f'qemu-io -d {backend} "write -P {pattern} {at} {CLUSTER}"'
-                said = (eye or self.witness).ask("human-monitor-command", **{"command-line": line})
+                said = self.witness.ask("human-monitor-command", **{"command-line": line})
                 assert "error" not in said.lower(), said
                 content[at : at + CLUSTER] = bytes([pattern]) * CLUSTER
+
+    @contextlib.contextmanager
+    def busy_guest(self) -> Iterator[list[float]]:
+        """The guest writes all the while, a cluster at a time; the seconds that each one took.
+
+        Nobody else may use the witness meanwhile. A write that fails is raised at the end.
+        """
+        took: list[float] = []
+        over = threading.Event()
+
+        def write() -> None:
+            for cluster in itertools.cycle(range(10, 60)):
+                if over.is_set():
+                    return
+                begun = time.monotonic()
+                self.guest_writes(cluster)
+                took.append(time.monotonic() - begun)
+                over.wait(0.01)
+
+        with ThreadPoolExecutor(1) as writer:
+            writing = writer.submit(write)
+            try:
+                yield took
+            finally:
+                over.set()
+            writing.result()
 
     def disks_now(self) -> dict[str, bytes]:
         """What the guest would read now, had it read it all; to be compared with a point."""
@@ -128,7 +158,7 @@ class Bench:
         probe = {"type": "unix", "data": {"path": str(self.local.parent / "probe")}}
         look("nbd-server-start", addr=probe)  # refused, were there a server
         look("nbd-server-stop")
-        assert [path.name for path in self.local.parent.glob(".qmpsnap-*")] == []
+        assert [path.name for path in self.disks[0].parent.glob(".qmpsnap-*")] == []
         assert [path.name for path in self.local.rglob("*.partial*")] == []
         needed = {
             disk["label"]: disk["bitmap"]
@@ -212,9 +242,11 @@ def options(folder: Path, *, memory: int = 64, images: bool = True) -> tuple[lis
 
 
 @contextlib.asynccontextmanager
-async def bench(qemu: Path, folder: Path, store: Path) -> AsyncIterator[Bench]:
-    """A bench on *qemu*, its roots *folder*/local and *store*."""
-    line, images = options(folder)
+async def bench(
+    qemu: Path, folder: Path, store: Path, *, disks: Path | None = None
+) -> AsyncIterator[Bench]:
+    """A bench on *qemu*, its roots *folder*/local and *store*; its *disks* are in *folder* too."""
+    line, images = options(disks or folder)
     async with running(qemu, *line, directory=folder) as process:
         with wired(folder / "wire", process.qmp) as wire, witness(process.witness) as eye:
             eye.until_running(within=10)
