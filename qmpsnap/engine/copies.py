@@ -25,7 +25,8 @@ from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block import fold
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import digests
-from qmpsnap.store.layout import DIGESTS
+from qmpsnap.store.files import forget_partial
+from qmpsnap.store.layout import DIGESTS, PAIRED, STORAGE
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 
@@ -91,16 +92,24 @@ async def paid(roots: Roots, machine: Machine, made: Plan, debt: Debt) -> None:
 async def digested(roots: Roots, vm: str, report: Report) -> None:
     """Write down the digests of all images of *vm* that have none yet.
 
-    That is what was just sealed, and what an engine that died had sealed before. Where it fails
-    the points are whole all the same, and `verify` tells what is missing.
+    That is what was just sealed, and what an engine that died had sealed before; the names that it
+    has left beside are removed. Where it fails the points are whole all the same, and `verify`
+    tells what is missing.
     """
     for point in await asyncio.to_thread(read_points, roots.local, vm):
+        await asyncio.to_thread(_forget_partials, point.folder)
         names = [Path(disk.chain[0].path).name for disk in point.storage.disks if is_copy(disk)]
         if names and not await asyncio.to_thread((point.folder / DIGESTS).exists):
             try:
                 await in_background(digests.take, point.folder, point.name, names, _telling(report))
             except LocalFailed as failed:
                 log.warning("%s %s was not hashed: %s", vm, point.name, failed)
+
+
+def _forget_partials(folder: Path) -> None:
+    for name in (STORAGE, DIGESTS, PAIRED):
+        if (folder / name).exists():
+            forget_partial(folder / name, LocalFailed)
 
 
 def _telling(report: Report) -> Callable[[int, int, str], None]:

@@ -124,8 +124,11 @@ def _settle(part: Path, path: Path) -> None:
         part.rename(path)
 
 
-def _forget_partial(path: Path, side: Side) -> None:
-    """A run that died between the link and the unlink left the file's other name."""
+def forget_partial(path: Path, side: Side) -> None:
+    """Remove the other name of *path* that a run left which died before it was unlinked.
+
+    Nobody may be writing *path* meanwhile. Raises *side*.
+    """
     with told(path, side):
         path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
 
@@ -138,7 +141,7 @@ def publish(path: Path, content: bytes, *, side: Side = StoreError) -> None:
     if os.path.lexists(path):
         if read_small(path, side=side, limit=len(content) + 1) != content:
             raise side(f"{path}: exists, with another content")
-        _forget_partial(path, side)
+        forget_partial(path, side)
         return
     with partial(path, side) as descriptor:
         write_all(descriptor, content)
@@ -219,7 +222,7 @@ def copy_verified(
             expect(dst, entry, side=target, on_progress=on_progress)
         except DigestMismatch as other:
             raise target(f"{dst}: exists, with another content") from other
-        _forget_partial(dst, target)
+        forget_partial(dst, target)
         return
     with opened(src, source) as reading, partial(dst, target) as writing:
         hasher, done = blake3(), 0

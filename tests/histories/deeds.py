@@ -61,7 +61,8 @@ def dying(
     deed: dict[str, Any], *, qmp: Path, local: Path, store: Path, die: str | int | None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """*deed* in a new process. *die*: it kills itself at a note of its journal (`before sealed`),
-    or at the how-manieth of its calls that change a file system."""
+    at the how-manieth of its calls that change a file system, or at one of a file that is there
+    (`unlink storage.json.partial`)."""
     said = {"deed": deed, "qmp": str(qmp), "local": str(local), "store": str(store), "die": die}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.histories.deeds", json.dumps(said)],
@@ -114,11 +115,25 @@ def _killed_at_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
+def _killed_at_file(call: str, file: str) -> None:
+    real = getattr(os, call)
+
+    def wrapped(path: Any, *arguments: Any, **other: Any) -> Any:
+        if Path(path).name == file and Path(path).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *arguments, **other)
+
+    setattr(os, call, wrapped)
+
+
 def _arm(die: str | int) -> None:
     if isinstance(die, int):
         _killed_at_call(die)
         return
     when, _, phase = die.partition(" ")
+    if when in _CALLS:
+        _killed_at_file(when, phase)
+        return
 
     def armed(real: Any, told: Callable[..., str]) -> Any:
         return _killed_at_note(when, phase, real, told)

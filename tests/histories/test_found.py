@@ -38,6 +38,9 @@ _FOUND: dict[str, list[Operation]] = {
     "a kill between the seal and the digests": [
         _WRITE, _fault(_create("full"), "engine at note", "after closed"), ["check"],
     ],
+    "a kill between the two names of a manifest": [
+        _WRITE, _fault(_create("full"), "engine at call", "unlink storage.json.partial"), ["check"],
+    ],
 }  # fmt: skip
 
 
