@@ -1,4 +1,4 @@
-"""The floor of the benchmark: the same steps as the engine's, as a bare blocking QMP script.
+"""The floor of the benchmarks: the same steps as the engine's, as a bare blocking QMP script.
 
 No journal, no watchdog, no checks, no compression: what QEMU itself takes.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,37 @@ def snapshot_save(path: Path, nodes: dict[str, Path]) -> float:
     qmp("job-dismiss", id="d")
     qmp.close()
     return took
+
+
+def backup(
+    path: Path, node: str, target: Path, size: int, beneath: Path | None = None
+) -> tuple[float, float]:
+    """Copy *node* by blockdev-backup into the new qcow2 *target*.
+
+    With *beneath*, a qcow2, only what the bitmap `bare` says. Seconds until the job has ended, and
+    until the copy is on the disk.
+    """
+    begun = time.monotonic()
+    over = ["-u", "-F", "qcow2", "-b", beneath] if beneath else []
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", *over, target, str(size)]
+    subprocess.run(create, check=True)
+    qmp = Qmp(path)
+    file = {"driver": "file", "filename": str(target)}
+    qmp("blockdev-add", driver="qcow2", node_name="bare-copy", backing=None, file=file)
+    which = {"sync": "incremental", "bitmap": "bare"} if beneath else {"sync": "full"}
+    job = {"job_id": "bare", "device": node, "target": "bare-copy", "auto_dismiss": False}
+    qmp("blockdev-backup", **job, **which)
+    qmp.event("JOB_STATUS_CHANGE", status="concluded", id="bare")
+    copied = time.monotonic() - begun
+    assert not any("error" in one for one in qmp("query-jobs"))
+    qmp("job-dismiss", id="bare")
+    qmp("blockdev-del", node_name="bare-copy")
+    qmp.close()
+    synced(target)
+    return copied, time.monotonic() - begun
+
+
+def synced(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

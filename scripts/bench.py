@@ -1,6 +1,7 @@
-"""Pauses and restores, ours beside a bare QMP script in the same run; prints ratios.
+"""Pauses, restores and copies, ours beside a bare QMP script in the same run; prints ratios.
 
-`scripts/bench pause restore --ram 256 1024 4096 --repeat 5 --qemu 11.1 [--write]`
+`scripts/bench pause restore --ram 256 1024 4096 --repeat 5 --qemu 11.1 [--output FILE]`
+`scripts/bench copy --size 4096 --data 3072 --fs here xfs btrfs`: see `scripts/bench copy --help`
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import itertools
 import os
 import shutil
 import statistics
@@ -17,32 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import RamChoice, Wishes
-from scripts import bare
+from qmpsnap.engine.wishes import Level, RamChoice, Wishes
+from scripts import bare, bench_copy
+from scripts.measure import cpu_seconds, listening
 from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import binaries
 
 SIZE = 64 << 20
-# a process of its own: one that shares our interpreter would take our work for the guest's silence
-_LISTENER = """
-import array, socket, sys, threading, time
-wire = socket.socket(socket.AF_UNIX); wire.connect(sys.argv[1])
-seen = array.array("q")
-def read():
-    while wire.recv(65536):
-        seen.append(time.monotonic_ns())
-threading.Thread(target=read, daemon=True).start()
-print("on", flush=True); sys.stdin.read(); seen.tofile(sys.stdout.buffer)
-"""
 
 
 @dataclass(slots=True)
@@ -53,32 +40,6 @@ class Row:
     silence: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def listening(path: Path, silence: list[float]) -> Iterator[None]:
-    """Adds the guest's longest silence during the block, in milliseconds."""
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _LISTENER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert child.stdout is not None
-    child.stdout.readline()
-    since = time.monotonic_ns()
-    yield
-    until = time.monotonic_ns()
-    said, _ = child.communicate()
-    seen = array("q")
-    seen.frombytes(said)
-    inside = [since, *(one for one in seen if since <= one <= until), until]
-    silence.append(max(b - a for a, b in itertools.pairwise(inside)) / 1e6)
-
-
-def cpu_seconds(pid: int) -> float:
-    times, ours = psutil.Process(pid).cpu_times(), psutil.Process().cpu_times()
-    mine = ours.user + ours.system + ours.children_user + ours.children_system
-    return float(times.user + times.system + mine)
 
 
 async def measured(row: Row, guest: Guest, act: Callable[[], float]) -> None:
@@ -116,7 +77,7 @@ async def pauses(qemu: Path, mib: int, load: str, repeat: int, modes: list[str])
 
             async def ours(mode: str) -> None:
                 row = rows.setdefault(f"qmpsnap {mode}", Row())
-                wishes = Wishes(ram=RamChoice(mode), max_pause=60)
+                wishes = Wishes(level=Level.OVERLAY, ram=RamChoice(mode), max_pause=60)
                 before, start = cpu_seconds(guest.qemu.pid), time.monotonic()
                 with listening(guest.heartbeat, row.silence):
                     made = await engine.create(machine, wishes)
@@ -234,6 +195,9 @@ async def run(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["copy"]:
+        bench_copy.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=["pause", "restore"])
     parser.add_argument("--ram", nargs="+", type=int, default=[256, 1024, 4096], help="MiB")

@@ -219,19 +219,19 @@ async def incs(it: Scene, repeat: int) -> dict[str, Row]:
         for way in reversed(list(ways)) if turn % 2 else list(ways):
             bitmap = {"node": "d0", "name": "bare"}
             if way == name:
-                command(it, "block-dirty-bitmap-add", **bitmap, granularity=_CLUSTER)
+                ask(it, "block-dirty-bitmap-add", **bitmap, granularity=_CLUSTER)
             scattered(it, turn)
             await measured(it, rows[way], ways[way])
             if way == name:
-                command(it, "block-dirty-bitmap-remove", **bitmap)
+                ask(it, "block-dirty-bitmap-remove", **bitmap)
             target.unlink(missing_ok=True)
     return rows
 
 
-def command(it: Scene, name: str, **arguments: object) -> None:
+def ask(it: Scene, word: str, **arguments: object) -> None:
     qmp = bare.Qmp(it.guest.qemu.witness)
     try:
-        qmp(name, **arguments)
+        qmp(word, **arguments)
     finally:
         qmp.close()
 
