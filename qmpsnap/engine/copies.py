@@ -23,6 +23,7 @@ from qmpsnap.engine.wishes import Copying, Level
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block import fold
+from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import digests
 from qmpsnap.store.files import forget_partial
@@ -54,6 +55,8 @@ async def taken(
     with _private(debt.owed.sockets) as sockets:
         found = await take(monitor, made, folder, points, how, report, sockets, asked)
     await fold_back(monitor, made)
+    if made.running and await runstate.retry_io(monitor):
+        log.warning("%s: QEMU had stopped the guest: its overlay met an I/O error", made.vm)
     await debt.note(Phase.COPIED)
     return found
 

@@ -198,6 +198,8 @@ async def undo(
     live = touched and phase is not Phase.COPIED and not await _is_the_same(monitor, owed)
     kept = await layers.take_back(monitor, owed.laid, may_be_live=live)
     did.append("overlays were taken back")
+    if phase is Phase.CAPTURED and owed.running and await runstate.retry_io(monitor):
+        did.append("the guest was continued after an I/O error")
     for path in kept:
         log.warning("%s is kept: QEMU runs without it, and the guest had written to it", path)
     did += [f"kept {path}: the guest had written to it" for path in kept]

@@ -65,7 +65,15 @@ def badfs(path: Path, aside: Path) -> Iterator[BadFs]:
     (aside / "content").mkdir(parents=True)
     it = BadFs(path, aside / "control", aside / "seen")
     it.fails()
-    line = [sys.executable, "-m", "tests.faults.badfs", str(path), str(aside)]
+    line = [
+        "setpriv",
+        "--pdeathsig=KILL",
+        sys.executable,
+        "-m",
+        "tests.faults.badfs",
+        str(path),
+        str(aside),
+    ]
     server = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE)
     assert server.stdout is not None
     try:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from qmpsnap import Engine, Machine
 from qmpsnap.engine.wishes import Copying, Level, RamChoice
 from qmpsnap.errors import Blocked, Failed
 from tests.faults.badfs import BadFs, badfs
 from tests.faults.bench import Bench, bench, wishes
+from tests.rig import graph
+from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import binary
 
+T = TypeVar("T")
 _BOUND = 0.5  # seconds, on a machine that has other work too; 0.02 is usual
 _DATA = range(64, 128)  # 4 MiB a disk
 _ROOT = 64 << 20
@@ -34,10 +39,9 @@ def bad(short: Path) -> Iterator[BadFs]:
 
 
 @contextmanager
-def _small(path: Path) -> Iterator[None]:
+def _small(path: Path, size: int = _ROOT) -> Iterator[None]:
     path.mkdir(exist_ok=True)
-    size = f"size={_ROOT}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
     try:
         yield
     finally:
@@ -76,6 +80,12 @@ async def _an_inc_lacks_nothing(it: Bench, points: set[str]) -> None:
 async def _until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110  # another process and a thread make it so
+            await asyncio.sleep(0.01)
+
+
+async def _until_so(ask: Callable[[], Awaitable[T]], good: Callable[[T], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not good(await ask()):
             await asyncio.sleep(0.01)
 
 
@@ -129,11 +139,11 @@ async def test_a_slow_root(
 async def test_a_root_that_hangs(bad: BadFs, qemu72: Path, short: Path, store: Path) -> None:
     async with bench(qemu72, short, store) as it:
         await _full(it)
-        bad.fails("hang")
+        slow = wishes(RamChoice.NONE, level=Level.INC, copying=Copying(limit=1 << 20))
         with it.busy_guest() as took:
-            making = asyncio.create_task(
-                it.engine().create(it.clean, wishes(RamChoice.NONE, level=Level.INC))
-            )
+            making = asyncio.create_task(it.engine().create(it.clean, slow))
+            await it.copying()
+            bad.fails("hang")
             await _until(lambda: bad.happened > 0)
             before = len(took)
             await _until(lambda: len(took) > before + 50)  # it goes on and on
@@ -202,3 +212,35 @@ async def test_a_guest_without_room_for_its_overlay_is_not_copied(
             made = await it.engine().create(it.clean, wishes(RamChoice.NONE, level=Level.FULL))
             assert it.holds(made.id) == it.disks_now()  # the control
             assert await it.all_is_well() == {made.id}
+
+
+async def test_a_guest_that_lost_the_room_for_its_overlay_runs_again_after_the_copy(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    disks = short / "disks"
+    with _small(disks, 300 << 20):
+        image = disk(disks / "d0.qcow2", size="128M")
+        drive = blockdev(image, "d0", "qcow2", device="vd0")
+        async with booted(qemu72, short, disks=drive) as guest:
+            engine = Engine(short / "local", store, allow_local_store=True)
+            slow = wishes(RamChoice.NONE, level=Level.FULL, copying=Copying(limit=50_000))
+            making = asyncio.create_task(engine.create(Machine("vm", guest.qmp), slow))
+            await _until(lambda: any(disks.glob(".qmpsnap-*")))
+            await _until_so(lambda: _chain(guest), lambda chain: chain[0] != str(image))
+            filler = _fill(disks, leave=1 << 20)
+            write = "dd if=/dev/zero of=/data/0/big bs=1M count=20 conv=fsync"
+            writing = asyncio.create_task(guest.console.run(write, within=60))
+            await _until_so(
+                lambda: graph.status(guest.qemu.witness), lambda state: state == "io-error"
+            )
+            assert not making.done()
+            filler.unlink()
+            await making
+            assert await graph.status(guest.qemu.witness) == "running"
+            await writing
+            assert (await guest.console.witness(within=30)).ok
+            assert await _chain(guest) == [str(image)]
+
+
+async def _chain(guest: Guest) -> list[str]:
+    return (await graph.chains(guest.qemu.witness))["vd0"]

@@ -24,6 +24,7 @@ class RunState(StrEnum):
     FINISH_MIGRATE = "finish-migrate"
     INMIGRATE = "inmigrate"
     PRELAUNCH = "prelaunch"
+    IO_ERROR = "io-error"
     OTHER = "other"
 
     @classmethod
@@ -46,6 +47,17 @@ async def query(monitor: Monitor) -> RunState:
 async def is_held(monitor: Monitor) -> bool:
     """Whether the guest is in a state that a capture leaves behind, and that `cont` ends."""
     return await query(monitor) in _CONTINUABLE
+
+
+async def retry_io(monitor: Monitor) -> bool:
+    """Let a guest that QEMU stopped at a write that failed try it again; whether there was one.
+
+    Where the write fails again, QEMU stops the guest again. Raises CommandRefused, MonitorLost.
+    """
+    if await query(monitor) is not RunState.IO_ERROR:
+        return False
+    await monitor.execute("cont")
+    return True
 
 
 class Hold:
