@@ -85,7 +85,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 async def _until_so(ask: Callable[[], Awaitable[T]], good: Callable[[T], bool]) -> None:
     async with asyncio.timeout(30):
-        while not good(await ask()):
+        while not good(await ask()):  # noqa: ASYNC110  # a monitor tells when it is asked
             await asyncio.sleep(0.01)
 
 
