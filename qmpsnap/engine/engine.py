@@ -17,6 +17,7 @@ from qmpsnap.engine import (
     half,
     info,
     listing,
+    merge,
     offline,
     protect,
     prune,
@@ -213,7 +214,10 @@ class Engine:
         return await thaw.thaw(machine)
 
     async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
-        """Settle what a crashed engine still owed this VM. Raises VmBusy, MonitorAbsent, Failed."""
+        """Settle what a crashed engine still owed this VM, and sweep what it left half-done.
+
+        Raises VmBusy, MonitorAbsent, Failed.
+        """
         # what an engine at work has in its journal is not owed yet
         async with lock.held(self.roots.local.lock(machine.name), "recover"):
             try:
@@ -224,5 +228,7 @@ class Engine:
                 if not settled:
                     raise
                 log.info("%s; its disks were settled without QEMU", absent)
+            points = await asyncio.to_thread(read_points, self.roots.local, machine.name)
+            await asyncio.to_thread(merge.finish, points, self._report)
             await copies.digested(self.roots, machine.name, self._report)
             return settled

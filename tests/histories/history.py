@@ -141,6 +141,9 @@ def _fault(dice: random.Random, disks: int) -> Operation:
     if inner[0] in {"create", "refresh"}:
         inner[-1]["meanwhile"] = []
     how = dice.choice(["cut", "engine at command", "engine at call", "engine at note", "qemu"])
+    if how == "qemu":
+        inner = _create(dice, disks)
+        inner[1].update(level=dice.choice(["auto", "inc", "full", "overlay"]), meanwhile=[])
     fault: dict[str, Any] = {"how": how, "later": dice.random() < 0.3}
     match how:
         case "engine at call":  # of a function that changes a file system

@@ -41,6 +41,10 @@ _FOUND: dict[str, list[Operation]] = {
     "a kill between the two names of a manifest": [
         _WRITE, _fault(_create("full"), "engine at call", "unlink storage.json.partial"), ["check"],
     ],
+    "a kill in a merge": [
+        _create("full"), _WRITE, _create("inc"), _WRITE, _create("inc"),
+        _fault(["prune", 1, True], "engine at call", "rename v0.qcow2.partial"), ["check"],
+    ],
 }  # fmt: skip
 
 
