@@ -89,7 +89,7 @@ async def test_damage_is_named_and_nothing_is_restored_from_it(
     async with booted(qemu72, short) as guest:
         before = await guest.console.witness(within=30)
         machine = Machine("web", guest.qmp, guest.agent)
-        made = await engine.create(machine, Wishes(level=Level.OVERLAY))
+        made = await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=30))
         assert await status(guest.qemu.witness) == "running"
     for base in guest.disks:
         for harm in (cut, grow, touch, spoil, header):

@@ -49,7 +49,7 @@ class Series:
     async def take(self, count: int) -> list[str]:
         ids = []
         for _ in range(count):
-            made = await self.engine.create(self.machine, Wishes(level=Level.OVERLAY))
+            made = await self.engine.create(self.machine, Wishes(level=Level.OVERLAY, max_pause=30))
             ids.append(made.id)
             shown = await self.engine.show("web", made.id)
             chain = {Path(image.path) for disk in shown.storage.disks for image in disk.chain}

@@ -11,7 +11,7 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import Wishes
+from qmpsnap.engine.wishes import Level, Wishes
 from qmpsnap.errors import Blocked, Refused, UsageError, VmBusy
 from qmpsnap.store.files import digest_file
 from tests.rig.console import Console
@@ -19,6 +19,7 @@ from tests.rig.graph import ask, chains, status, untouched
 from tests.rig.guest import agrees, back, blockdev, booted, disk
 
 pytestmark = pytest.mark.guest
+OVERLAY = Wishes(level=Level.OVERLAY, max_pause=30)
 FIRMWARE = Path("/usr/share/seabios/bios-256k.bin")
 VARIABLES = 0x1_0000_0000 - (256 << 10) - (64 << 10)  # where unit 1 lies beneath unit 0
 DATA = ["a.qcow2", "data.img", "limited.raw", "named.qcow2", "sub/data.img", "throttled.qcow2"]
@@ -87,7 +88,7 @@ async def test_an_everyday_machine_comes_back_with_all_its_disks(
         before = await guest.console.witness(within=30)
         assert (await guest.console.run("ls /data | wc -l", within=10)).strip() == "7"
         was = await chains(guest.qemu.witness)
-        made = await engine.create(machine)
+        made = await engine.create(machine, OVERLAY)
         now = await chains(guest.qemu.witness)
         assert {name for name in now if len(now[name]) == len(was[name]) + 1} == set(was) - {"ro"}
         assert len(now["disk-a"]) == 3
@@ -123,6 +124,12 @@ async def test_an_everyday_machine_comes_back_with_all_its_disks(
         assert len(deleted.folded) == len(DATA)
         assert await chains(guest.qemu.witness) == was
         assert (await guest.console.witness(within=60)).ok
+        # copies leave every disk where it is
+        copied = await engine.create(machine, Wishes(max_pause=30))
+        assert await chains(guest.qemu.witness) == was
+        assert {disk.level for disk in copied.disks.values()} == {"full"}
+        assert len(copied.disks) == len(DATA)
+        assert (await engine.verify("web")).findings == []
         await untouched(guest.qemu.witness)
     assert digest_file(short / "golden.qcow2") == golden
     assert digest_file(short / "ro.qcow2") == unwritten
@@ -142,9 +149,11 @@ async def test_what_is_left_out_stays_out(qemu72: Path, short: Path, store: Path
         )
         before = await guest.console.witness(within=30)
         with pytest.raises(UsageError, match="no disk 'sda'; there are: vd0, scratch"):
-            await engine.create(machine, Wishes(exclude=("sda",)))
-        await engine.create(machine, Wishes(exclude=("s0",)))
-        await engine.create(machine, Wishes(include=("vd0",)))
+            await engine.create(
+                machine, Wishes(level=Level.OVERLAY, max_pause=30, exclude=("sda",))
+            )
+        await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=30, exclude=("s0",)))
+        await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=30, include=("vd0",)))
         now = await chains(guest.qemu.witness)
         assert (len(now["vd0"]), now["scratch"]) == (3, [str(scratch)])
         for entry, reason in zip(
@@ -194,20 +203,24 @@ async def test_what_cannot_be_frozen_is_refused_by_name(
         ):
             exclude = tuple(other for other in others if other != name)
             with pytest.raises(Blocked, match=said) as refused:
-                await engine.create(machine, Wishes(exclude=exclude))
+                await engine.create(
+                    machine, Wishes(level=Level.OVERLAY, max_pause=30, exclude=exclude)
+                )
             assert refused.value.hint == f"-x {name} leaves it out"
         # a job of somebody else's
         mirror = {"job-id": "theirs", "device": "d0", "sync": "full", "speed": 1024}
         mirror |= {"target": str(short / "copy.raw"), "format": "raw"}
         await ask(guest.qemu.witness, "drive-mirror", mirror)
         with pytest.raises(VmBusy, match="mirror theirs"):
-            await engine.create(machine, Wishes(exclude=others))
+            await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=30, exclude=others))
         assert len(await ask(guest.qemu.witness, "query-jobs")) == 1
         await ask(guest.qemu.witness, "block-job-cancel", {"device": "theirs", "force": True})
         assert await chains(guest.qemu.witness) == was
         assert await status(guest.qemu.witness) == "running"
         assert await engine.list("web") == []
-        made = await engine.create(machine, Wishes(exclude=others))
+        made = await engine.create(
+            machine, Wishes(level=Level.OVERLAY, max_pause=30, exclude=others)
+        )
         assert made.state == "paired"
 
 
@@ -242,7 +255,7 @@ async def test_firmware_variables_are_taken_along(
         machine = Machine("web", guest.qmp, guest.agent)
         await write_variable(guest.console, 0x5A)
         before = await guest.console.witness(within=30)
-        made = await engine.create(machine)
+        made = await engine.create(machine, OVERLAY)
         shown = await engine.show("web")
         (flash,) = [one for one in shown.storage.disks if one.role == "pflash"]
         kept = store / "web" / made.id / f"nvram/{flash.label}.raw"
@@ -258,7 +271,7 @@ async def test_firmware_variables_are_taken_along(
         assert variables.read_bytes()[0] == 0x5A
         assert kept.read_bytes()[0] == 0x5A
         # the next snapshot leaves the last one's as they are
-        await engine.create(machine)
+        await engine.create(machine, OVERLAY)
         await agrees(engine, "web", Restoration(short / "second"), before)
         await untouched(guest.qemu.witness)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import Quiesce, RamChoice, Wishes
+from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, DamagedData
 from tests.rig.graph import ask, chains, status, untouched
 from tests.rig.guest import Console, Guest, Witness, agrees, back, booted
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.guest
 
 BUSY = "busy ram=32 rate=20 disk=1024"
 ROUNDS = 20
+PATIENT = Wishes(max_pause=30)  # no test of the pause
 
 
 def an_engine(short: Path, store: Path) -> Engine:
@@ -67,11 +69,11 @@ async def _of_a_paused_guest(engine: Engine, machine: Machine, guest: Guest, sho
     version = (await ask(guest.qemu.witness, "query-version"))["qemu"]
     if version["major"] < 9:
         with pytest.raises(Blocked, match="the guest is paused"):
-            await engine.create(machine)
+            await engine.create(machine, PATIENT)
         assert await chains(guest.qemu.witness) == files
         assert await status(guest.qemu.witness) == "paused"
         return
-    made = await engine.create(machine)
+    made = await engine.create(machine, replace(PATIENT, level=Level.OVERLAY))
     assert made.ram == "background"
     assert await status(guest.qemu.witness) == "paused"
     assert await chains(guest.qemu.witness) != files
@@ -116,7 +118,7 @@ async def test_a_restored_machine_is_a_machine_like_any_other(
         machine = Machine("web", guest.qmp, guest.agent)
         await guest.console.run(BUSY, within=20)
         first = await guest.console.witness(within=30)
-        await engine.create(machine)
+        await engine.create(machine, PATIENT)
         async with (
             back(engine, "web", Restoration(short / "one")) as (one, console_one),
             back(engine, "web", Restoration(short / "two")) as (_, console_two),
@@ -128,7 +130,7 @@ async def test_a_restored_machine_is_a_machine_like_any_other(
             assert [found.ok for found in there] == [True, True, True]
             assert {found.nonce for found in there} == {first.nonce}
             second = Machine("web-two", one.machine.qmp, one.machine.agent)
-            made = await engine.create(second)
+            made = await engine.create(second, PATIENT)
             assert made.state == "paired"
             assert (await console_one.witness(within=60)).ok
             await agrees(engine, "web-two", Restoration(short / "three"), there[0])
@@ -179,7 +181,7 @@ async def test_a_newer_qemu_takes_up_what_an_older_one_saved(short: Path, store:
     newer, newest = binary("10.0"), binary("11.1")
     async with booted(binary("7.2"), short) as guest:
         before = await guest.console.witness(within=30)
-        await engine.create(Machine("old", guest.qmp, guest.agent))
+        await engine.create(Machine("old", guest.qmp, guest.agent), PATIENT)
     async with back(engine, "old", Restoration(short / "newer", qemu=newer)) as (one, console):
         found = await console.witness(within=60)
         assert found.ok
@@ -187,6 +189,6 @@ async def test_a_newer_qemu_takes_up_what_an_older_one_saved(short: Path, store:
         qmp = one.machine.qmp
         assert qmp is not None
         assert (await ask(qmp, "query-version"))["qemu"]["major"] == 10
-        made = await engine.create(Machine("new", qmp, one.machine.agent))
+        made = await engine.create(Machine("new", qmp, one.machine.agent), PATIENT)
         assert made.state == "paired"
     await agrees(engine, "new", Restoration(short / "newest", qemu=newest), found)

@@ -12,7 +12,7 @@ import pytest
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import MAX_PAUSE, Plan, plan
 from qmpsnap.engine.survey import Site, Survey
-from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
+from qmpsnap.engine.wishes import Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, SnapError, UsageError, VmBusy
 from qmpsnap.hypervisor.abilities import Abilities
 from qmpsnap.hypervisor.block.graph import Disk, Node
