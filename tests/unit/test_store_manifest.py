@@ -9,9 +9,11 @@ from hypothesis import strategies as some
 from qmpsnap.errors import ManifestError
 from qmpsnap.store.manifest import (
     KINDS,
+    Digests,
     FileEntry,
     Identity,
     Manifest,
+    Merged,
     Paired,
     Storage,
     decode,
@@ -116,4 +118,5 @@ def test_the_committed_schemas_are_current():
 
 
 def test_each_kind_has_its_word():
-    assert {kind for kind, _ in KINDS.values()} == {Storage, Identity, Manifest, Paired}
+    told = {kind for kind, _ in KINDS.values()}
+    assert told == {Storage, Identity, Manifest, Paired, Merged, Digests}
