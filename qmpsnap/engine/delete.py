@@ -26,8 +26,9 @@ from qmpsnap.errors import (
     VmUnknown,
 )
 from qmpsnap.host import journal, lock
-from qmpsnap.hypervisor.block import fold, job
+from qmpsnap.hypervisor.block import fold, graph, job, overlay
 from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.ids import NodeName
 from qmpsnap.store import local
 from qmpsnap.store.files import sync_folder
 from qmpsnap.store.layout import KEPT, STORAGE
@@ -187,7 +188,7 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
     needed = await asyncio.to_thread(kept, roots, machine.name)
     if needed is None:
         return []
-    gone: list[str] = []
+    gone = await _dropped(monitor, layers, needed)
     for site in facts.sites:
         depth = 0
         while depth < site.layers and not needed & called(site.paths[depth + 1]):
@@ -199,6 +200,31 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
         for path in site.paths[:depth]:
             await asyncio.to_thread(Path(path).unlink, missing_ok=True)
             gone.append(path)
+    return gone
+
+
+async def _dropped(monitor: Monitor, layers: Path, needed: set[str]) -> list[str]:
+    """Close overlays of ours that a fold has left behind, broken off at its end; their files.
+
+    QEMU still has them above what took over, and would take no snapshot of that.
+    """
+    seen = await graph.query(monitor)
+    used = {node.name for disk in seen.disks for node in disk.chain}
+    gone: list[str] = []
+    for name in seen.nodes:
+        freed, at = [], NodeName(name)
+        while at not in used and Path(seen.path(at)).parent == layers:
+            freed.append(seen.path(at))
+            if (beneath := seen.nodes[at].child("backing")) is None:
+                break  # it never took a disk's writes
+            at = beneath
+        if freed and at in used and not seen.parents(NodeName(name)):
+            if not await overlay.drop(monitor, NodeName(name)):
+                continue
+            for path in freed:
+                if not needed & called(path):
+                    await asyncio.to_thread(Path(path).unlink, missing_ok=True)
+                    gone.append(path)
     return gone
 
 

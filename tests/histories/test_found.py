@@ -41,6 +41,13 @@ _FOUND: dict[str, list[Operation]] = {
     "a kill between the two names of a manifest": [
         _WRITE, _fault(_create("full"), "engine at call", "unlink storage.json.partial"), ["check"],
     ],
+    "a cut at the end of a fold": [
+        _create("overlay"), _WRITE, _fault(["delete", 0], "cut", "job-dismiss"), _create("full"),
+    ],
+    "a cut at the end of a fold of what a VM was started on": [
+        _create("overlay"), _WRITE, _create("overlay"), ["restart"], ["delete", 0],
+        _fault(["delete", 0], "cut", "job-dismiss"), _create("full"),
+    ],
     "a kill in a merge": [
         _create("full"), _WRITE, _create("inc"), _WRITE, _create("inc"),
         _fault(["prune", 1, True], "engine at call", "rename v0.qcow2.partial"), ["check"],
