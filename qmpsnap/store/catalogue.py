@@ -19,7 +19,8 @@ State = Literal["paired", "shipping", "local only", "store only", "damaged"]
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot as `list` shows it; what no readable half tells is None.
 
-    *why* explains every state but `paired`. *local* and *spool* say that the folders are there.
+    *why* explains every state but `paired`. *local* and *spool* say that the folders are there;
+    *protected* that `prune` and `delete` leave it alone.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     local: bool
     spool: bool
     host: str | None
+    protected: bool = False
 
 
 def join(local: Iterable[LocalFacts], store: Listing | None, *, host: str) -> list[Entry]:
@@ -78,6 +80,7 @@ def _entry(
         local=local is not None,
         spool=local is not None and local.spool,
         host=storage.host if storage else told.host if told else None,
+        protected=local is not None and local.protected,
     )
 
 

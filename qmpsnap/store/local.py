@@ -16,7 +16,7 @@ from qmpsnap.store.files import (
     replace,
     told,
 )
-from qmpsnap.store.layout import KEPT, MANIFEST, STORAGE, Id, LocalRoot
+from qmpsnap.store.layout import KEPT, MANIFEST, PROTECTED, STORAGE, Id, LocalRoot
 from qmpsnap.store.manifest import Manifest, Paired, Storage, decode, encode
 
 
@@ -34,6 +34,7 @@ class LocalFacts(msgspec.Struct, frozen=True, kw_only=True):
     spool: bool = False
     spooled: Manifest | None = None
     spooled_blake3: str | None = None
+    protected: bool = False
     problem: str | None = None
 
 
@@ -117,7 +118,12 @@ def _listed(root: LocalRoot, vm: str, id: SnapshotId) -> bool:
 
 
 def _facts(root: LocalRoot, vm: str, id: str) -> LocalFacts:
-    facts = LocalFacts(vm=vm, id=id, spool=root.spool(vm, id).is_dir())
+    facts = LocalFacts(
+        vm=vm,
+        id=id,
+        spool=root.spool(vm, id).is_dir(),
+        protected=(root.snapshot(vm, id) / PROTECTED).exists(),
+    )
     try:
         if _read(root.storage(vm, id)) is not None:
             storage, digest = _storage(root, vm, id)

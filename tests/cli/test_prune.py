@@ -23,6 +23,9 @@ async def test_prune_from_the_first_look_to_the_end(program: Program, series: Se
     assert (refused.code, refused.error["code"]) == (3, "refused")
     assert "as sold" in refused.error["message"]
     assert "unprotect" in refused.error["hint"]
+    listed = await program.ok("list", VM, *program.roots, "--json")
+    assert [one["protected"] for one in listed.records] == [name == names[1] for name in names]
+    assert "protected" in (await program.ok("list", VM, *program.roots)).out
 
     rule = ["prune", VM, *program.roots, "--keep-last", "1"]
     dry = await program.ok(*rule, "--dry-run", "--json")
