@@ -51,9 +51,12 @@ async def test_the_whole_job(program: Program, qemu72: Path) -> None:
         assert "--ram live" in text
         plan = await program.ok("create", "web", *reach, *program.roots, "--dry-run", "--json")
         planned = shaped("create-dry-run", plan.record)
-        (action,) = planned["at_the_instant"]["arguments"]["actions"]
-        assert action["type"] == "blockdev-snapshot"
-        assert action["data"]["node"] == "d0"
+        actions = planned["at_the_instant"]["arguments"]["actions"]
+        types = ["block-dirty-bitmap-add", "blockdev-snapshot"]
+        assert [action["type"] for action in actions] == types
+        assert {action["data"]["node"] for action in actions} == {"d0"}
+        (disk,) = planned["disks"]
+        assert (disk["level"], disk["parent"]) == ("full", None)
         plan = await program.ok("create", "web", *reach, *program.roots, "--dry-run")
         assert '"execute": "transaction"' in plan.out
         assert (await program.run("list", "web", *reach, *program.roots, "--json")).out == ""
@@ -77,7 +80,7 @@ async def test_the_whole_job(program: Program, qemu72: Path) -> None:
     assert shown["manifest"]["note"] == "one"
     text = (await program.ok("show", "web", made["id"], *program.roots)).out
     assert "for a trial only" in text
-    assert str(program.dir / "d0.qcow2") in text
+    assert str(program.local / "web" / made["id"] / "vd0.qcow2") in text
     good = await program.ok("verify", "web", made["id"], *program.roots, "--json")
     assert shaped("verify", good.record)["findings"] == []
 

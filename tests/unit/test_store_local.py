@@ -28,7 +28,7 @@ def test_sealed_and_read(root):
 def test_sealed_once(root):
     local.seal(root, "web", storage())
     with pytest.raises(LocalFailed, match="another content"):
-        local.seal(root, "web", storage(revision=1))
+        local.seal(root, "web", storage(host="f" * 32))
     with pytest.raises(ManifestError, match="no local half of db"):
         local.seal(root, "db", storage())
 
