@@ -16,7 +16,7 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import Wishes
+from qmpsnap.engine.wishes import Level, Wishes
 from qmpsnap.errors import NotShipped
 from qmpsnap.host.filesystem import mount_of
 from tests.rig.console import Heartbeat
@@ -106,7 +106,8 @@ async def test_the_whole_job_on_a_real_nfs_mount(
         for entry in entries:
             assert (await engine.verify("web", entry.id)).findings == []
         assert await status(guest.qemu.witness) == "running"
-        assert {len(files) for files in (await chains(guest.qemu.witness)).values()} == {5}
+        # a copy, and three overlays
+        assert {len(files) for files in (await chains(guest.qemu.witness)).values()} == {4}
         before = await guest.console.witness(within=60)
     # the one that waited for the dead server, as good as any
     await agrees(engine, "web", Restoration(short / "late"), _older(before), entries[2].id)
@@ -150,7 +151,7 @@ async def _server_pauses(
     )
     fault.arm(lambda: server("pause", PAUSE))
     begun = heart.mark()
-    made = await patient.create(machine, Wishes(max_pause=SILENCE))
+    made = await patient.create(machine, Wishes(level=Level.OVERLAY, max_pause=SILENCE))
     silence = heart.silence(begun, heart.mark())
     assert made.state == "paired"
     assert fault.at is not None
@@ -170,7 +171,7 @@ async def _server_dies(
     fault.arm(lambda: server("kill"))
     begun = heart.mark()
     with pytest.raises(NotShipped, match="no progress for 4 s"):
-        await engine.create(machine, Wishes(max_pause=SILENCE, note="dead"))
+        await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=SILENCE, note="dead"))
     assert fault.at is not None
     assert time.monotonic() - fault.at < WITHIN + 6
     assert heart.silence(begun, heart.mark()) < SILENCE
@@ -200,7 +201,7 @@ async def _export_is_full(
 ) -> None:
     server("fill")
     with pytest.raises(NotShipped, match="ENOSPC"):
-        await engine.create(machine, Wishes(max_pause=SILENCE, note="full"))
+        await engine.create(machine, Wishes(level=Level.OVERLAY, max_pause=SILENCE, note="full"))
     assert (await guest.console.witness(within=60)).ok
     assert (await engine.list("web"))[-1].state == "shipping"
     server("unfill")
