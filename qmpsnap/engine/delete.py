@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,8 @@ from qmpsnap.errors import (
     LocalFailed,
     MonitorAbsent,
     MonitorBusy,
+    MonitorLost,
+    QemuGone,
     Refused,
     StoreError,
     VmBusy,
@@ -27,7 +30,7 @@ from qmpsnap.errors import (
 )
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import fold, graph, job, overlay
-from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.ids import NodeName
 from qmpsnap.store import local
 from qmpsnap.store.files import sync_folder
@@ -196,11 +199,22 @@ async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[
         if depth == 0:
             continue
         chain = site.disk.chain
-        await fold.fold(monitor, chain[0].name, chain[depth].name)
-        for path in site.paths[:depth]:
-            await asyncio.to_thread(Path(path).unlink, missing_ok=True)
-            gone.append(path)
+        try:
+            await fold.fold(monitor, chain[0].name, chain[depth].name)
+        except MonitorLost:
+            # perhaps all was done, and only the answer was lost: nobody would find the files then
+            with suppress(MonitorLost, QemuGone):
+                if await settle(monitor, partial(fold.took_over, base=chain[depth].name)):
+                    await asyncio.to_thread(_unlink, site.paths[:depth])
+            raise
+        await asyncio.to_thread(_unlink, site.paths[:depth])
+        gone += site.paths[:depth]
     return gone
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
 
 
 async def _dropped(monitor: Monitor, layers: Path, needed: set[str]) -> list[str]:

@@ -48,6 +48,12 @@ async def fold(
     return before[:depth]
 
 
+async def took_over(monitor: Monitor, base: NodeName) -> bool:
+    """Whether a disk writes to *base* now: nothing above it is needed then."""
+    disk = _disk_of(await graph.query(monitor), base)
+    return disk is not None and disk.top.name == base
+
+
 async def broken_off(monitor: Monitor) -> None:
     """End the folds that an engine left at work when it died; the graph shows how far they came.
 
@@ -74,8 +80,7 @@ async def _commit(monitor: Monitor, top: NodeName, base: NodeName) -> None:
         await _carry(monitor, disk.chain[0], disk.chain[depth])
         await it.complete()
         await it.reaches("concluded")
-    after = _disk_of(await graph.query(monitor), base)
-    if after is None or after.top.name != base:
+    if not await took_over(monitor, base):
         raise JobFailed(f"the commit of {top} ended without {base} taking over")
     for node in names[:depth]:
         # nodes that a -drive or a backing string opened go by themselves
