@@ -79,6 +79,7 @@ async def run(
             raise Refused(f"{chosen} runs already, as process {other.pid}")
         ready = prepared(argv, name=chosen, directory=folder)
         ready.qmp.unlink(missing_ok=True)  # left by one that was killed
+        await _settled(call, chosen)
         qemu = launched(
             ready.argv,
             directory=Path.cwd(),
@@ -95,6 +96,22 @@ async def run(
                 with registry.register(chosen, process.pid, ready.qmp, ready.agent):
                     call.out.notice(f"{chosen} runs, process {process.pid}; Ctrl-C stops it")
                     return await _ended(call.out, process)
+
+
+async def _settled(call: Call, name: str) -> None:
+    """Give the VM's disks what a copy that was cut off still holds, before they are started."""
+    from qmpsnap.engine.machine import Machine
+    from qmpsnap.engine.recover import owes
+    from qmpsnap.errors import MonitorAbsent, VmUnknown
+
+    if call.settings.local is None:
+        return
+    engine = call.engine(roots=False)
+    if not owes(engine.roots, name):
+        return
+    with contextlib.suppress(MonitorAbsent, VmUnknown):  # it owes nothing to the disks
+        for one in await engine.recover(Machine(name)):
+            call.out.notice(f"{name} {one.id}: {'; '.join(one.did)}")
 
 
 async def _ended(out: Output, process: Launched) -> int:

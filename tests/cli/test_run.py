@@ -51,6 +51,39 @@ async def test_detached_it_is_found_by_its_name(program: Program, qemu72: Path) 
     assert (await program.run("info", "web")).code == 3
 
 
+async def test_a_copy_that_was_cut_off_is_settled_before_the_next_start(
+    program: Program, qemu72: Path
+) -> None:
+    config = program.dir / "qmpsnap.toml"
+    config.write_text(
+        f'local = "{program.local}"\nstore = "{program.store}"\nallow_local_store = true\n'
+    )
+    known = {"QMPSNAP_CONFIG": str(config)}
+    start = words(program, qemu72, "--detach", "--json")
+    first = (await program.ok(*start, **known)).record
+    copying = await program.start(
+        *("create", "web", "--level", "full", "--ram", "none", "--speed-limit", "64K"), **known
+    )
+    async with asyncio.timeout(60):
+        while not list(program.local.glob("web/*/*.partial")):
+            assert copying.returncode is None
+            await asyncio.sleep(0.01)
+    assert list(program.dir.glob(".qmpsnap-*"))
+    copying.kill()
+    os.kill(first["pid"], signal.SIGKILL)
+    await copying.communicate()
+    await gone(first["pid"])
+    assert list(program.dir.glob(".qmpsnap-*"))
+    second = await program.ok(*start, **known)
+    try:
+        assert not list(program.dir.glob(".qmpsnap-*"))
+        assert "nothing was left to do" in second.err
+        assert (await program.ok("create", "web", "--ram", "none", "--json", **known)).record
+    finally:
+        os.kill(second.record["pid"], signal.SIGKILL)
+        await gone(second.record["pid"])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_a_signal_stops_it(
     program: Program, qemu72: Path, number: signal.Signals, code: int
