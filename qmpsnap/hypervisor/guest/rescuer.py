@@ -14,13 +14,14 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 _PATIENCE = 600.0  # seconds that it keeps trying once it must pay
-_GONE_PATIENCE = 5.0  # and while nobody listens: QEMU has ended, or a proxy begins again
+_GONE_PATIENCE = 5.0  # and while nobody listens, if who did has ended as well
 _AT_WORK = {"setup", "active", "cancelling", "device", "pre-switchover"}
 
 
@@ -87,16 +88,32 @@ def _thaw(agent: str) -> bool:
         wire.close()
 
 
-def _pay(debt: dict[str, Any], qmp: str, agent: str) -> None:
+def _pay(debt: dict[str, Any], qmp: str, agent: str, peer: int) -> None:
     # a stopped guest's agent is deaf: cont before thaw
     if "cont" in debt["owed"]:
-        _insist("cont", lambda: _continue(qmp, cancel="cancel" in debt["owed"]))
+        _insist("cont", lambda: _continue(qmp, cancel="cancel" in debt["owed"]), peer)
     if "thaw" in debt["owed"]:
-        _insist("thaw", lambda: _thaw(agent))
+        _insist("thaw", lambda: _thaw(agent), peer)
 
 
-def _insist(kind: str, pay: Callable[[], bool]) -> None:
-    """Until it is paid; a socket that nobody listens at is tried for a while only."""
+def _peer(connection: int) -> int:
+    """The process at the other end, QEMU or a proxy before it; 0 if it cannot be told."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection)) as wire:
+        found = wire.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", found)[0])
+    return 0
+
+
+def _lives(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - few imports
+            return pid > 0 and stat.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+def _insist(kind: str, pay: Callable[[], bool], peer: int) -> None:
+    """Until it is paid; where nobody listens, and *peer* has ended, for a while only."""
     end = time.monotonic() + _PATIENCE
     gone_at = float("inf")
     while time.monotonic() < min(end, gone_at):
@@ -105,7 +122,8 @@ def _insist(kind: str, pay: Callable[[], bool]) -> None:
                 return
         except (FileNotFoundError, ConnectionRefusedError) as gone:
             _say(f"{kind}: {gone}")
-            gone_at = min(gone_at, time.monotonic() + _GONE_PATIENCE)
+            soon = time.monotonic() + _GONE_PATIENCE
+            gone_at = float("inf") if _lives(peer) else min(gone_at, soon)
         except (OSError, ValueError, KeyError) as trouble:
             _say(f"{kind}: {trouble!r}; again")
             gone_at = float("inf")
@@ -119,6 +137,7 @@ def _say(text: str) -> None:
 def _watch(qmp: str, agent: str, connection: int) -> None:
     debt: dict[str, Any] = {}
     deadline = float("inf")
+    peer = _peer(connection)
     unread = b""
     while True:
         left = None if not debt else max(0.0, deadline - time.monotonic())
@@ -138,7 +157,7 @@ def _watch(qmp: str, agent: str, connection: int) -> None:
                 cut = socket.socket(fileno=connection)
                 cut.shutdown(socket.SHUT_RDWR)
                 cut.close()
-            _pay(debt, qmp, agent)
+            _pay(debt, qmp, agent, peer)
         return
 
 
