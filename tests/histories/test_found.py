@@ -41,6 +41,9 @@ _FOUND: dict[str, list[Operation]] = {
     "a kill between the two names of a manifest": [
         _WRITE, _fault(_create("full"), "engine at call", "unlink storage.json.partial"), ["check"],
     ],
+    "a monitor that is back only after a while": [
+        _create("full"), _fault(_create("inc"), "cut", "transaction", dead=True), ["check"],
+    ],
     "a cut at the end of a fold": [
         _create("overlay"), _WRITE, _fault(["delete", 0], "cut", "job-dismiss"), _create("full"),
     ],
