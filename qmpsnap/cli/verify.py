@@ -71,11 +71,14 @@ async def verify(
         ),
     ] = None,
 ) -> None:
-    """Read and check all of one snapshot: digests, chains of disk images, and the pair."""
+    """Read and check all of one snapshot: digests, chains of disk images, and the pair.
+
+    A VM that runs is asked, too, whether its dirty bitmaps match: what its next copy would be.
+    """
     from qmpsnap.engine.boot import Trial
     from qmpsnap.errors import DamagedData, UsageError
 
-    call.machine(vm, reach=False)
+    machine = call.machine(vm, reach=False)
     trial = None
     within = duration("--boot-within", boot_within or _WITHIN)
     if boot:
@@ -83,7 +86,7 @@ async def verify(
     elif cold or boot_within is not None or revision is not None:
         raise UsageError("--cold, --boot-within and --revision are about --boot")
     call.out.expect_progress()
-    found = await call.engine().verify(vm, snapshot(id), trial=trial)
+    found = await call.engine().verify(vm, snapshot(id), trial=trial, machine=machine)
     out = call.out
     if out.json:
         out.record(found)
@@ -92,8 +95,10 @@ async def verify(
             out.line(f"{found.vm} {found.id}: {found.state}, all is well")
         if found.boot is not None and not found.boot.problem:
             out.line(_seen(found.boot))
+        for one in found.next:
+            out.line(f"the next copy of {one.disk}: {one.level} ({one.why})")
         if found.findings:
-            out.table(("WHERE", "WHAT"), [[one.where, one.what] for one in found.findings])
+            out.table(("WHERE", "WHAT"), [[it.where, it.what] for it in found.findings])
     if found.findings:
         count = len(found.findings)
         raise DamagedData(f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}")

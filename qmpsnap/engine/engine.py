@@ -112,13 +112,19 @@ class Engine:
         return await info.info(self.roots, machine, changes=changes)
 
     async def verify(
-        self, vm: str, word: str = listing.LATEST, *, trial: boot.Trial | None = None
+        self,
+        vm: str,
+        word: str = listing.LATEST,
+        *,
+        trial: boot.Trial | None = None,
+        machine: Machine | None = None,
     ) -> verify.Verified:
         """Read and check everything of one snapshot; what is wrong comes back as findings.
 
-        With *trial* it is also brought back for a moment, on no network.
+        With *trial* it is also brought back for a moment, on no network. A running *machine* is
+        asked whether its bitmaps match the newest copies.
         """
-        return await verify.verify(self.roots, vm, word, self._report, trial)
+        return await verify.verify(self.roots, vm, word, self._report, trial, machine)
 
     async def prepare_restore(
         self, vm: str, wish: restore.Restoration, word: str = listing.LATEST

@@ -6,37 +6,66 @@ import asyncio
 
 import msgspec
 
-from qmpsnap.engine import boot, chains
+from qmpsnap.engine import boot, chains, info
 from qmpsnap.engine.boot import Boot, Trial
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.chains import Finding
 from qmpsnap.engine.half import Pair, open_pair
 from qmpsnap.engine.listing import find
+from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import DamagedData, LocalFailed, SnapError
+from qmpsnap.errors import (
+    DamagedData,
+    LocalFailed,
+    MonitorAbsent,
+    MonitorBusy,
+    SnapError,
+    VmBusy,
+    VmUnknown,
+)
 from qmpsnap.store import files, local
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import STORAGE
 from qmpsnap.store.manifest import Manifest, Paired, decode
 
 
+class Next(msgspec.Struct, frozen=True, kw_only=True):
+    """What the running VM's dirty bitmaps are good for: the next copy of *disk*, and why."""
+
+    disk: str
+    level: str
+    why: str
+
+
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
-    """*findings* is empty when all is well; *boot* is None when none was tried."""
+    """*findings* is empty when all is well; *boot* is None when none was tried.
+
+    *next* is empty where the VM was not asked. A bitmap that is no good is no damage: the next
+    copy is a full then.
+    """
 
     id: str
     vm: str
     state: str
     findings: list[Finding]
     boot: Boot | None = None
+    next: list[Next] = []
 
 
 async def verify(
-    roots: Roots, vm: str, word: str, report: Report, trial: Trial | None = None
+    roots: Roots,
+    vm: str,
+    word: str,
+    report: Report,
+    trial: Trial | None = None,
+    machine: Machine | None = None,
 ) -> Verified:
     """Check digests, the images of all revisions, and that the two halves name each other.
 
     With *trial* the snapshot is also brought back once; a snapshot that is no pair any more is
     not, and its findings say why.
+
+    A *machine* that answers is asked whether its bitmaps match the newest copies.
 
     What is wrong comes back as findings; raises only when it cannot be looked at: StoreError,
     LocalFailed, and Refused for a *trial* that this host or this snapshot does not allow.
@@ -70,7 +99,24 @@ async def verify(
         else:
             if seen.problem:
                 findings.append(Finding(where="boot", what=seen.problem))
-    return Verified(id=entry.id, vm=vm, state=entry.state, findings=findings, boot=seen)
+    return Verified(
+        id=entry.id,
+        vm=vm,
+        state=entry.state,
+        findings=findings,
+        boot=seen,
+        next=await _next(roots, machine),
+    )
+
+
+async def _next(roots: Roots, machine: Machine | None) -> list[Next]:
+    if machine is None:
+        return []
+    try:
+        disks = (await info.info(roots, machine)).disks
+    except (MonitorAbsent, MonitorBusy, VmBusy, VmUnknown):
+        return []
+    return [Next(disk=one.name, level=one.level, why=one.level_why) for one in disks if one.level]
 
 
 async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:

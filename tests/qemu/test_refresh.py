@@ -95,6 +95,14 @@ async def test_a_refresh_leaves_the_store_as_it_was(
                 assert set(done.levels.values()) == {"inc"}
                 states.append(bytes(model))
             write(eye, 9, 9)  # belongs to none of them
+            verified = await engine.verify("web", machine=machine)
+            assert {one.disk: one.level for one in verified.next} == {"vd0": "inc", "vd1": "inc"}
+            name = (await engine.revisions("web", made.id))[-1].disks[0].bitmap
+            node = "d0" if level is Level.FULL else f"vd0-{made.id}"
+            eye.ask("block-dirty-bitmap-disable", node=node, name=name)
+            verified = await engine.verify("web", machine=machine)
+            assert "somebody has disabled it" in verified.next[0].why
+            eye.ask("block-dirty-bitmap-enable", node=node, name=name)
         assert tree(store) == before
         await untouched(process.witness)
     assert (await engine.list("web"))[0].state == "paired"
