@@ -70,10 +70,9 @@ def _private(name: str | None) -> Iterator[Path]:
         folder.mkdir(0o700)
     except OSError as failed:
         raise LocalFailed(f"{folder}: {failed.strerror}") from failed
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    # after a failure it stays: a server of ours that could not be ended is known by its socket
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 async def paid(roots: Roots, machine: Machine, made: Plan, debt: Debt) -> None:

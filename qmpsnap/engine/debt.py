@@ -93,6 +93,7 @@ async def given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: Debt,
     """Undo; what cannot be undone now stays in the journal for `recover`."""
 
     async def undone(current: Monitor) -> None:
+        await recover.server_ended(current, debt.owed)
         # a guest that was not frozen by us is not thawed: somebody else may hold it
         await recover.undo(roots, machine, current, id, debt.owed, debt.phase, thaw=debt.frozen)
 

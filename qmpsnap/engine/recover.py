@@ -103,8 +103,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             owed = msgspec.convert(record.lines[0], Owed)
             await _refuse_other(monitor, machine, owed)
             phase = Phase(record.lines[-1]["phase"])
-            await _server_ended(monitor, owed)
-            await asyncio.to_thread(remove_sockets, owed)
+            await server_ended(monitor, owed)
             if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
                 did = await undo(
@@ -133,9 +132,11 @@ async def sweep(roots: Roots, machine: Machine, monitor: Monitor) -> None:
     await bitmap.remove_all(monitor, keep)
 
 
-async def _server_ended(monitor: Monitor, owed: Owed) -> None:
+async def server_ended(monitor: Monitor, owed: Owed) -> None:
+    """End the NBD server that a copy may have left in QEMU, and remove its sockets."""
     if (folder := await asyncio.to_thread(_sockets, owed)) is not None:
         await dirty.broken_off(monitor, folder / CHANGES)
+        await asyncio.to_thread(remove_sockets, owed)
 
 
 def remove_sockets(owed: Owed) -> None:

@@ -144,10 +144,9 @@ async def _start(monitor: Monitor, listener: Socket) -> None:
 async def _paid(monitor: Monitor, socket: Path, id: str) -> None:
     try:
         await finish(settle(monitor, partial(_ended, socket=socket, id=id)), within=60)
-    except QemuGone:
-        _remove(socket)
-    except MonitorLost as lost:
-        log.warning("the NBD server for %s may be left: %s", socket, lost)
+    except (QemuGone, MonitorLost) as lost:
+        # its socket stays where it is: `broken_off` knows the server by it
+        log.warning("the NBD server on %s may be left: %s", socket, lost)
     except TimeoutError as late:
         raise MonitorLost(f"{monitor.path}: the NBD server on {socket} does not end") from late
 
