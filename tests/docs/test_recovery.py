@@ -15,7 +15,7 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.created import Created
-from qmpsnap.engine.wishes import RamChoice, Wishes
+from qmpsnap.engine.wishes import Level, RamChoice, Wishes
 from tests.rig.console import Console, Witness
 from tests.rig.guest import booted
 from tests.rig.qemu import ROOT
@@ -55,7 +55,7 @@ def shell(script: str, **variables: object) -> Iterator[str]:
 
 
 async def taken(
-    qemu: Path, short: Path, store: Path, ram: RamChoice
+    qemu: Path, short: Path, store: Path, ram: RamChoice, level: Level = Level.AUTO
 ) -> tuple[Created, Witness, Witness]:
     """A snapshot of a guest that is gone afterwards; its witness before, and at its end."""
     engine = Engine(short / "local", store, allow_local_store=True)
@@ -64,17 +64,20 @@ async def taken(
         await guest.console.run("busy ram=16 rate=20 disk=512", within=10)
         before = await guest.console.witness(within=20)
         made = await engine.create(
-            Machine("web", guest.qmp, guest.agent), Wishes(ram=ram, max_pause=30)
+            Machine("web", guest.qmp, guest.agent), Wishes(ram=ram, level=level, max_pause=30)
         )
         await guest.console.run("sleep 1", within=20)
         return made, before, await guest.console.witness(within=20)
 
 
-@pytest.mark.parametrize("ram", [RamChoice.LIVE, RamChoice.BACKGROUND])
+@pytest.mark.parametrize(
+    ("ram", "level"),
+    [(RamChoice.LIVE, Level.OVERLAY), (RamChoice.BACKGROUND, Level.FULL)],
+)
 async def test_the_two_halves_bring_the_guest_back_by_hand(
-    qemu: Path, short: Path, store: Path, ram: RamChoice
+    qemu: Path, short: Path, store: Path, ram: RamChoice, level: Level
 ) -> None:
-    made, before, _ = await taken(qemu, short, store, ram)
+    made, before, _ = await taken(qemu, short, store, ram, level)
     places = {"LOCAL": short / "local", "STORE": store, "VM": "web", "ID": made.id}
     script = commands("A VM from its two halves")
     with shell(script, TO=short / "back", **places):
@@ -129,7 +132,7 @@ def recorded(image: Path, raw: Path) -> tuple[str, int]:
 async def test_the_newest_overlays_hold_what_came_after_the_snapshot(
     qemu72: Path, short: Path, store: Path
 ) -> None:
-    _, before, last = await taken(qemu72, short, store, RamChoice.LIVE)
+    _, before, last = await taken(qemu72, short, store, RamChoice.LIVE, Level.OVERLAY)
     assert last.ram > before.ram
     script = commands("The VM itself must be started again")
     with shell(script, LOCAL=short / "local", VM="web") as told:

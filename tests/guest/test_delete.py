@@ -158,6 +158,6 @@ async def test_what_must_not_be_deleted_stays(qemu72: Path, short: Path, store: 
 
 async def agrees_cold(engine: Engine, id: str, to: Path) -> None:
     async with back(engine, "web", Restoration(to, cold=True), id) as (_, console):
-        said = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)", within=120)
+        said = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)\s", within=120)
         assert said[1] == said[3]
         assert int(said[2]) - int(said[4]) in {0, 1}

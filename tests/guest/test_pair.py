@@ -165,7 +165,7 @@ async def test_a_cold_restore_boots_from_the_frozen_disks(
             await engine.prepare_restore("web", Restoration(short / "warm"))
         assert not (short / "warm").exists()
     async with back(engine, "web", Restoration(short / "cold", cold=True)) as (_, console):
-        said = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)", within=120)
+        said = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)\s", within=120)
         await console.until("READY", within=120)
         booted_anew = await console.witness(within=30)
     nonces, counts = {said[1], said[3]}, (int(said[2]), int(said[4]))

@@ -145,8 +145,11 @@ async def _paid(monitor: Monitor, socket: Path, id: str) -> None:
     try:
         await finish(settle(monitor, partial(_ended, socket=socket, id=id)), within=60)
     except (QemuGone, MonitorLost) as lost:
+        if not _answers(socket):
+            _remove(socket)
+            return
         # its socket stays where it is: `broken_off` knows the server by it
-        log.warning("the NBD server on %s may be left: %s", socket, lost)
+        log.warning("the NBD server on %s is left: %s", socket, lost)
     except TimeoutError as late:
         raise MonitorLost(f"{monitor.path}: the NBD server on {socket} does not end") from late
 
