@@ -341,9 +341,11 @@ class World:
         self.model.begin()
         try:
             if deed.get("meanwhile"):
-                done, _ = await asyncio.gather(
-                    deeds.do(self.engine, self.machine, deed), self._meanwhile(deed["meanwhile"])
-                )
+                strokes = asyncio.create_task(self._meanwhile(deed["meanwhile"]))
+                try:
+                    done = await deeds.do(self.engine, self.machine, deed)
+                finally:
+                    await strokes  # nothing is written under the operation that comes next
             else:
                 done = await deeds.do(self.engine, self.machine, deed)
         except Blocked as blocked:
