@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from qmpsnap.errors import LocalFailed
+from qmpsnap.store import direct
 from qmpsnap.store.files import Progress, partial, told
 from qmpsnap.store.sink import Cancelled, Sink, Terms, expect_room
 
@@ -93,47 +94,71 @@ class _Copy:
     def __init__(self, src: Path, reading: int, dst: Path, writing: int) -> None:
         self._src, self._reading = src, reading
         self._dst, self._writing = dst, writing
-        self._in_kernel = stat.S_ISREG(os.fstat(reading).st_mode)
+        self._regular = stat.S_ISREG(os.fstat(reading).st_mode)
+        self._size = 0
 
     def run(self, terms: Terms) -> int:
         """Copy all there is; the bytes written."""
         with told(self._src, LocalFailed):
-            size = os.lseek(self._reading, 0, os.SEEK_END)
-            extents = list(_extents(self._reading, size))
+            self._size = os.lseek(self._reading, 0, os.SEEK_END)
+            extents = list(_extents(self._reading, self._size))
         total = sum(length for _, length in extents)
-        if self._in_kernel:  # how much of a block device is zeros is not known before it is read
+        if self._regular:  # how much of a block device is zeros is not known before it is read
             expect_room(self._dst, total, terms.reserve)
-        os.ftruncate(self._writing, size)
-        done = 0
+        os.ftruncate(self._writing, self._size)
         what = f"copying {self._src.name}"
         with Sink(self._writing, self._dst, terms, total=total, what=what) as sink:
             sink.look(0)
-            for start, length in extents:
-                at, end = start, start + length
-                while at < end:
-                    moved = self._step(sink, at, min(sink.step - at % sink.step, end - at))
-                    at, done = at + moved, done + moved
-                    sink.look(done)
+            if not (self._regular and self._past_the_cache(sink, extents)):
+                self._through_the_cache(sink, extents)
         return sink.written
 
+    def _past_the_cache(self, sink: Sink, extents: list[Extent]) -> bool:
+        """Whether it could be done this way; if not, all of it is to be done another way."""
+        written = 0
+        try:
+            for size in direct.pour(
+                self._fill, self._writing, direct.pieces(extents, sink.step * 2)
+            ):
+                written += size
+                sink.passed(size)
+                sink.look(written)
+        except direct.NotDirect:
+            sink.passed(-written)
+            return False
+        os.ftruncate(self._writing, self._size)
+        return True
+
+    def _fill(self, view: memoryview, at: int) -> int:
+        wanted = min(len(view), self._size - at)
+        found = 0
+        with told(self._src, LocalFailed):
+            while found < wanted and (more := os.preadv(self._reading, [view[found:]], at + found)):
+                found += more
+        if found < wanted:
+            raise self._shorter(at + found)
+        return wanted
+
+    def _through_the_cache(self, sink: Sink, extents: list[Extent]) -> None:
+        done = 0
+        for start, length in extents:
+            at, end = start, start + length
+            while at < end:
+                moved = self._step(sink, at, min(sink.step - at % sink.step, end - at))
+                at, done = at + moved, done + moved
+                sink.look(done)
+
     def _step(self, sink: Sink, at: int, size: int) -> int:
-        if self._in_kernel:
-            try:
-                moved = os.copy_file_range(self._reading, self._writing, size, at, at)
-            except OSError:
-                # Cannot, or one of the two files fails: reading and writing will tell which
-                moved = 0
-            if moved:
-                sink.wrote(at, moved)
-                return moved
-            self._in_kernel = False
         with told(self._src, LocalFailed):
             content = os.pread(self._reading, size, at)
         if not content:
-            raise LocalFailed(f"{self._src}: ends at {at} bytes now: somebody writes to it")
+            raise self._shorter(at)
         for start, end in data_runs(content, _BLOCK):
             sink.pwrite(memoryview(content)[start:end], at + start)
         return len(content)
+
+    def _shorter(self, end: int) -> LocalFailed:
+        return LocalFailed(f"{self._src}: ends at {end} bytes now: somebody writes to it")
 
 
 def _extents(descriptor: int, size: int) -> Iterator[Extent]:

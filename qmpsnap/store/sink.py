@@ -108,6 +108,10 @@ class Sink:
         if self._dirty >= _WINDOW:
             self._push()
 
+    def passed(self, size: int) -> None:
+        """Somebody has written *size* bytes that are on the disk already."""
+        self.written += size
+
     def look(self, done: int) -> None:
         """To be called every `step` bytes: *done* bytes of the total are worked through.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -61,16 +62,31 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The kernel copies nothing for us; how often it was asked."""
+def cached(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No file system writes past the page cache; how often one was asked to."""
+    return through_the_cache(monkeypatch)
+
+
+def through_the_cache(patch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
+    real = fcntl.fcntl
 
-    def refused(*arguments: object) -> int:
-        asked.append(1)
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    def refused(descriptor: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            asked.append(1)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, command, flags)
 
-    monkeypatch.setattr("os.copy_file_range", refused)
+    patch.setattr("fcntl.fcntl", refused)
     return asked
+
+
+@pytest.fixture(params=["direct", "cached"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Past the page cache, and through it."""
+    if request.param == "cached":
+        through_the_cache(monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -95,9 +111,9 @@ def test_the_same_bytes_private_and_sparse(source, tmp_path):
         assert heard[-1] == (9 * MIB, 9 * MIB, "copying source")
 
 
-def test_by_hand_zeros_become_holes(source, tmp_path, by_hand):
+def test_through_the_cache_zeros_become_holes(source, tmp_path, cached):
     made = copied(source, tmp_path / "copy")
-    assert by_hand == [1]
+    assert cached == [1]
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     assert made == Copied("copy", 8 * MIB)
     assert occupied(tmp_path / "copy") <= 9 * MIB
@@ -109,14 +125,16 @@ def test_by_hand_zeros_become_holes(source, tmp_path, by_hand):
     pieces=st.lists(
         st.tuples(st.integers(0, 12 * MIB), st.integers(1, 200_000), st.booleans()), max_size=6
     ),
-    kernel=st.booleans(),
+    way=st.sampled_from(["direct", "cached", "little"]),
 )
-def test_any_file(size: int, pieces: list[tuple[int, int, bool]], kernel: bool) -> None:
+def test_any_file(size: int, pieces: list[tuple[int, int, bool]], way: str) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
-        if not kernel:
-            patch.delattr("os.copy_file_range")
-            patch.setattr("os.copy_file_range", _short, raising=False)
+        if way == "cached":
+            through_the_cache(patch)
+        if way == "little":
+            patch.setattr("os.pwrite", _little)
+            patch.setattr("os.preadv", _few)
         written = [
             (at, (os.urandom(length) if data else bytes(length))[: size - at])
             for at, length, data in pieces
@@ -127,17 +145,18 @@ def test_any_file(size: int, pieces: list[tuple[int, int, bool]], kernel: bool) 
         assert (folder / "copy").read_bytes() == source.read_bytes()
 
 
-def _short(src: int, dst: int, count: int, at: int, to: int) -> int:
-    """Copies little at a time, and then no more."""
-    if at > 3 * MIB:
-        return 0
-    return os.pwrite(dst, os.pread(src, min(count, 70_001), at), to)
+_pwrite, _preadv = os.pwrite, os.preadv
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_paced(tmp_path, kernel, monkeypatch):
-    if not kernel:
-        monkeypatch.setattr("os.copy_file_range", _short)
+def _little(descriptor: int, content: memoryview, at: int) -> int:
+    return _pwrite(descriptor, content[: 65536 + 4096 * (at // 4096 % 3)], at)
+
+
+def _few(descriptor: int, views: list[memoryview], at: int) -> int:
+    return _preadv(descriptor, [views[0][:70_001]], at)
+
+
+def test_paced(tmp_path, way):
     source = sparse(tmp_path / "source", 8 * MIB, (0, os.urandom(8 * MIB)))
     begun = time.monotonic()
     made = copied(source, tmp_path / "copy", limit=16 * MIB)
@@ -180,13 +199,8 @@ def test_no_room_for_this_much(source, mounted):
 
 
 @needs_mounts
-@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("reserve", "says"), [(2 * MIB, "no room"), (0, "copy.*no space is left")])
-def test_the_room_goes_while_it_is_copied(
-    source, mounted, reserve, says, kernel, monkeypatch, tmp_path
-):
-    if not kernel:
-        monkeypatch.setattr("os.copy_file_range", _short)
+def test_the_room_goes_while_it_is_copied(source, mounted, reserve, says, way, tmp_path):
     calls: list[int] = []
 
     def filled() -> bool:
@@ -203,7 +217,7 @@ def test_the_room_goes_while_it_is_copied(
 
 
 @pytest.mark.parametrize("looks", [0, 1, 2])
-def test_cancelled(tmp_path, looks, by_hand):
+def test_cancelled(tmp_path, looks, way):
     source = sparse(tmp_path / "source", 16 * MIB, (0, os.urandom(16 * MIB)))
     answers = iter([False] * looks)
     with pytest.raises(Cancelled):
@@ -211,7 +225,7 @@ def test_cancelled(tmp_path, looks, by_hand):
     assert names(tmp_path) == ["source"]
 
 
-def test_cancelled_while_it_holds_back(tmp_path, by_hand):
+def test_cancelled_while_it_holds_back(tmp_path, way):
     source = sparse(tmp_path / "source", MIB, (0, os.urandom(MIB)))
     begun = time.monotonic()
     with pytest.raises(Cancelled):
@@ -220,18 +234,20 @@ def test_cancelled_while_it_holds_back(tmp_path, by_hand):
     assert names(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize(("call", "named"), [("pread", "source"), ("pwrite", "copy")])
-def test_a_bad_disk_is_named(source, tmp_path, by_hand, monkeypatch, call, named):
+@pytest.mark.parametrize(("call", "named"), [("read", "source"), ("pwrite", "copy")])
+def test_a_bad_disk_is_named(source, tmp_path, way, monkeypatch, call, named):
     def bad(*arguments: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    if call == "read":
+        call = "preadv" if way == "direct" else "pread"
     monkeypatch.setattr(f"os.{call}", bad)
     with pytest.raises(LocalFailed, match=rf"{named}: .*\(EIO\)"):
         copied(source, tmp_path / "copy")
     assert names(tmp_path) == ["source"]
 
 
-def test_a_source_that_shrinks(source, tmp_path, by_hand):
+def test_a_source_that_shrinks(source, tmp_path, way):
     def shrunk() -> bool:
         os.truncate(source, 17 * MIB)
         return False
