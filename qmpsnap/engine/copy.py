@@ -191,7 +191,7 @@ async def _increment(
                     backing=_spelled(Path(backing.path), folder, beneath.folder),
                     backing_format=backing.format,
                     extents=ranges,
-                    read=reader.read,
+                    read=reader.read_all,
                     limit=how.limit,
                     reserve=reserve(disk, folder),
                     cancelled=stop.is_set,

@@ -178,7 +178,7 @@ def _extents(descriptor: int, size: int) -> Iterator[Extent]:
         yield start, min(at, size) - start
 
 
-def data_runs(content: bytes, block: int) -> Iterator[tuple[int, int]]:
+def data_runs(content: bytes | bytearray, block: int) -> Iterator[tuple[int, int]]:
     """Start and end of each longest run of *block*s, the last maybe short, that hold a one."""
     assert block <= _BLOCK
     begun: int | None = None

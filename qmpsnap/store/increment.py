@@ -36,8 +36,8 @@ _BACKING_FORMAT = 0xE2792ACA
 _LONGEST_NAME = 1023
 _L1_MOST = 32 << 20  # bytes: QEMU opens no larger table
 
-Read = Callable[[int, int], bytes]
-"""Given offset and length in bytes, what the disk holds there: exactly so many bytes."""
+Read = Callable[[Sequence[tuple[int, int]]], Sequence[bytes | bytearray]]
+"""Given offsets and lengths in bytes, what the disk holds there: exactly so many bytes each."""
 
 
 def write(
@@ -116,15 +116,17 @@ def _refcount_clusters(used: int) -> tuple[int, int]:
 def _reader(dst: Path, read: Read, virtual_size: int) -> Read:
     """*read*, of whole clusters also at an end that is none."""
 
-    def whole(offset: int, length: int) -> bytes:
-        there = min(length, virtual_size - offset)
+    def whole(pieces: Sequence[tuple[int, int]]) -> Sequence[bytes | bytearray]:
+        there = [(at, min(length, virtual_size - at)) for at, length in pieces]
         try:
-            content = read(offset, there)
+            found = read(there)
         except OSError as failed:
             raise LocalFailed(f"{dst}: the disk cannot be read: {failed.strerror}") from failed
-        if len(content) != there:
-            raise LocalFailed(f"{dst}: {len(content)} bytes came for {there} at {offset}")
-        return content if there == length else content + bytes(length - there)
+        for (at, length), content in zip(there, found, strict=True):
+            if len(content) != length:
+                raise LocalFailed(f"{dst}: {len(content)} bytes came for {length} at {at}")
+        at, length = pieces[-1]
+        return [*found[:-1], found[-1] + bytes(length - len(found[-1]))]
 
     return whole
 
@@ -177,12 +179,14 @@ class _Writer:
 
     def fill(self, runs: list[tuple[int, int]], read: Read) -> None:
         """Data, tables and header, the header last."""
-        for at, count in self._steps(runs):
-            if at // _TABLE != self._l2_index:
-                self._flush_l2()
-                self._l2_index = at // _TABLE
-            self._put(at, read(at * CLUSTER, count * CLUSTER))
-            self._done += count * CLUSTER
+        for batch in self._batches(runs):
+            pieces = [(at * CLUSTER, count * CLUSTER) for at, count in batch]
+            for (at, count), content in zip(batch, read(pieces), strict=True):
+                if at // _TABLE != self._l2_index:
+                    self._flush_l2()
+                    self._l2_index = at // _TABLE
+                self._put(at, content)
+                self._done += count * CLUSTER
             self._sink.look(self._done)
         self._flush_l2()
         l1 = self._append(_big_endian(self._l1))
@@ -196,17 +200,24 @@ class _Writer:
         assert self._next == used
         self._sink.pwrite(self._head.packed(l1, table, table_clusters), 0)
 
-    def _steps(self, runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The runs, cut where a step is large enough and where an L2 table ends."""
+    def _batches(self, runs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """The runs, cut where an L2 table ends, as many at a time as make a step."""
         most = self._sink.step // CLUSTER
+        batch: list[tuple[int, int]] = []
+        room = most
         for start, end in runs:
             at = start
             while at < end:
-                count = min(most, end - at, _TABLE - at % _TABLE)
-                yield at, count
-                at += count
+                count = min(room, end - at, _TABLE - at % _TABLE)
+                batch.append((at, count))
+                at, room = at + count, room - count
+                if not room:
+                    yield batch
+                    batch, room = [], most
+        if batch:
+            yield batch
 
-    def _put(self, cluster: int, content: bytes) -> None:
+    def _put(self, cluster: int, content: bytes | bytearray) -> None:
         """The guest's clusters from *cluster* on: data where there is a one in them."""
         first = cluster % _TABLE
         count = len(content) // CLUSTER

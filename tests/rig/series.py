@@ -159,7 +159,7 @@ class Series:
                 backing=image.path if beneath.level == "overlay" else backing,
                 backing_format=image.format,
                 extents=[(cluster * CLUSTER, CLUSTER) for cluster in dirty],
-                read=lambda offset, length: content[offset : offset + length],
+                read=lambda pieces: [content[at : at + length] for at, length in pieces],
                 reserve=0,
                 limit=None,
                 cancelled=lambda: False,

@@ -198,6 +198,10 @@ def test_large_reads_are_many_requests(path: Path) -> None:
         content = reader.read(512, size - 1024)
         part = bytearray(512)
         reader.read_into(1024, part)
+        pieces = [(at, 512 + at % 3 * 512) for at in range(0, 40 * 65536, 65536)]
+        pieces += [(1 << 20, 3 << 20), (0, 0)]
+        found = reader.read_all(pieces)
+    assert found == [read(*piece) for piece in pieces]
     assert content == read(512, size - 1024)
     assert part == read(1024, 512)
     assert len(server.asked) > 8

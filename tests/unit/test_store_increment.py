@@ -49,7 +49,7 @@ def written(
         backing=backing,
         backing_format=format,
         extents=extents,
-        read=read,
+        read=lambda pieces: [read(*piece) for piece in pieces],
         reserve=reserve,
         limit=limit,
         cancelled=cancelled,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -86,17 +86,26 @@ class Reader:
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill *buffer* from *offset* on, several requests in flight."""
-        view, flying, failed = memoryview(buffer).cast("B"), deque[int](), deque[Exception]()
+        self._fill([(offset, memoryview(buffer).cast("B"))])
+
+    def read_all(self, pieces: Sequence[tuple[int, int]]) -> list[bytearray]:
+        """What lies at each of *pieces*, offset and length, several requests in flight."""
+        found = [bytearray(length) for _, length in pieces]
+        offsets = (offset for offset, _ in pieces)
+        self._fill(list(zip(offsets, (memoryview(one) for one in found), strict=True)))
+        return found
+
+    def _fill(self, wanted: list[tuple[int, memoryview]]) -> None:
+        flying, failed = deque[int](), deque[Exception]()
         handle = self._opened()
-        for start in range(0, len(view), _REQUEST):
+        for offset, part in _requests(wanted):
             if len(flying) == _IN_FLIGHT:
                 self._land(flying.popleft(), failed)
             if failed:
                 break
             with self._told():
-                part = view[start : start + _REQUEST]
-                flying.append(handle.aio_pread(part, offset + start))
-        # libnbd writes into the buffer until each of them is back, failed or not
+                flying.append(handle.aio_pread(part, offset))
+        # libnbd writes into the buffers until each of them is back, failed or not
         while flying:
             self._land(flying.popleft(), failed)
         if failed:
@@ -224,6 +233,12 @@ async def opened(socket: Path, export: str, *contexts: str) -> AsyncIterator[Cli
         finally:
             with suppress(TimeoutError):  # it was cut then
                 await finish(client._call(reader.close), within=_LEAVING)
+
+
+def _requests(wanted: list[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    for offset, view in wanted:
+        for start in range(0, len(view), _REQUEST):
+            yield offset + start, view[start : start + _REQUEST]
 
 
 def _libnbd() -> Any:
