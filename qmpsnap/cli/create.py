@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmpsnap.cli import options
+from qmpsnap.cli.metered import MetricsFile, metered
 from qmpsnap.cli.target import Call, choice, copying, duration
 from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
     from qmpsnap.cli.render import Output
     from qmpsnap.engine.created import Created
+    from qmpsnap.engine.metrics import Run
     from qmpsnap.engine.plan import Plan
     from qmpsnap.engine.wishes import Wishes
 
@@ -22,6 +24,7 @@ Examples:
   qmpsnap create web
   qmpsnap create web --socket /run/web.sock --local /srv/snap --store /mnt/nas
   qmpsnap create web --ram none --quiesce agent --note "before the upgrade"
+  qmpsnap create web --metrics-file /var/lib/node_exporter/qmpsnap-web.prom
   qmpsnap create web --dry-run
 
 \b
@@ -115,6 +118,7 @@ async def create(
             show_default=False,
         ),
     ] = False,
+    metrics_file: MetricsFile = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -150,12 +154,22 @@ async def create(
         _show_plan(call.out, await engine.plan(machine, wishes), wishes)
         return
     call.out.expect_progress()
-    try:
-        _show(call.out, await engine.create(machine, wishes))
-    except NotShipped as waiting:
-        if isinstance(waiting.created, Created):
-            _show(call.out, waiting.created)
-        raise
+    async with metered(metrics_file, engine, vm, "create") as run:
+        try:
+            made = await engine.create(machine, wishes)
+        except NotShipped as waiting:
+            if isinstance(waiting.created, Created):
+                _measured(run, waiting.created)
+                _show(call.out, waiting.created)
+            raise
+        _measured(run, made)
+    _show(call.out, made)
+
+
+def _measured(run: Run, made: Created) -> None:
+    run.pause_ms, run.frozen_ms = made.pause_ms, made.frozen_ms
+    written = made.bytes
+    run.bytes = {"disks": written.disks, "vmstate": written.vmstate, "shipped": written.shipped}
 
 
 def _show(out: Output, made: Created) -> None:

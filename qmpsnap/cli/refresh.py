@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qmpsnap.cli import options
+from qmpsnap.cli.metered import MetricsFile, metered
 from qmpsnap.cli.target import Call, choice, copying, duration, snapshot
 from qmpsnap.cli.verb import verb
 
@@ -46,6 +47,7 @@ async def refresh(
     ] = None,
     compress: options.Compress = False,
     speed_limit: options.SpeedLimit = None,
+    metrics_file: MetricsFile = None,
 ) -> None:
     """Take the disks of a running VM as they are now, as a new revision of a snapshot.
 
@@ -60,7 +62,15 @@ async def refresh(
     how = copying(compress, speed_limit)
     engine, machine, out = call.engine(), call.machine(vm), call.out
     out.expect_progress()
-    made = await engine.refresh(machine, snapshot(id), copying=how, quiesce=wanted, max_pause=bound)
+    async with metered(metrics_file, engine, vm, "refresh") as run:
+        made = await engine.refresh(
+            machine, snapshot(id), copying=how, quiesce=wanted, max_pause=bound
+        )
+        run.pause_ms, run.frozen_ms, run.bytes = (
+            made.pause_ms,
+            made.frozen_ms,
+            {"disks": made.bytes},
+        )
     if out.json:
         out.record(made)
         return

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -270,3 +271,31 @@ async def test_what_nobody_expected_is_one_line(program: Program) -> None:
 def test_ran_notices_a_traceback() -> None:
     with pytest.raises(AssertionError):
         Ran(4, "", "Traceback (most recent call last):")
+
+
+async def test_metrics_of_good_and_bad_runs(program: Program, qemu72: Path) -> None:
+    told = program.dir / "web.prom"
+    words = ["web", *program.roots, "--metrics-file", told]
+
+    def value(name: str) -> float | None:
+        found = re.search(rf"^{name} (\S+)$", told.read_text(), re.M)
+        return None if found is None else float(found[1])
+
+    async with powered(program, qemu72) as vm:
+        reach = ["--socket", vm.qmp]
+        await program.ok("create", *words, *reach, "--ram", "none")
+        assert value('qmpsnap_snapshots{vm="web",state="paired"}') == 1
+        assert value('qmpsnap_last_run_exit_code{vm="web",verb="create"}') == 0
+        assert value('qmpsnap_last_run_pause_seconds{vm="web",verb="create"}') is not None
+        success = value('qmpsnap_last_success_timestamp_seconds{vm="web"}')
+        ran = await program.run("create", *words, *reach, "-i", "nosuchdisk")
+        assert ran.code == 2
+        assert value('qmpsnap_last_run_exit_code{vm="web",verb="create"}') == 2
+        assert value('qmpsnap_last_run_pause_seconds{vm="web",verb="create"}') is None
+        assert value('qmpsnap_last_success_timestamp_seconds{vm="web"}') == success
+        await program.ok("refresh", *words, *reach)
+        assert value('qmpsnap_last_run_exit_code{vm="web",verb="refresh"}') == 0
+        # a place that is none costs the metrics, not the snapshot
+        nowhere = program.dir / "nowhere/web.prom"
+        ran = await program.ok("refresh", "web", *program.roots, *reach, "--metrics-file", nowhere)
+        assert "nowhere/web.prom" in ran.err
