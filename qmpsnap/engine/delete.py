@@ -81,10 +81,9 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
 
 def _refuse_standing(roots: Roots, vm: str, id: str) -> None:
     if standing := dependents.standing(roots.local, vm, id):
-        folders = ", ".join(one.folder for one in standing)
         raise Refused(
-            f"{vm} {id}: restored machines stand on it: {folders}",
-            hint="remove them first, or restore with --standalone",
+            f"{vm} {id}: {dependents.in_words(standing)}",
+            hint="end or remove them first; `restore --standalone` stands on nothing",
         )
 
 

@@ -1,9 +1,11 @@
-"""Who else stands on a snapshot's frozen files: overlays of restored machines."""
+"""Who else stands on a snapshot's frozen files: overlays of restored machines, and exports."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -15,12 +17,14 @@ _FOLDER = "dependents"
 
 
 class Dependent(msgspec.Struct, frozen=True, kw_only=True):
-    """A restored machine in *folder*, whose *images* have the snapshot's files beneath them."""
+    """Whoever has the snapshot's files beneath the *images*: a machine restored into *folder*, or
+    an export, whose socket both of them name."""
 
     format: str = "qmpsnap-dependent"
     version: int = 1
     folder: str
     images: list[str]
+    kind: Literal["restored machines", "exports"] = "restored machines"
 
 
 def note(root: LocalRoot, vm: str, id: str, dependent: Dependent) -> None:
@@ -41,6 +45,14 @@ def forget(root: LocalRoot, vm: str, id: str, folder: Path) -> None:
 def _path(root: LocalRoot, vm: str, id: str, folder: str) -> Path:
     name = hashlib.sha256(folder.encode()).hexdigest()[:16]
     return root.snapshot(vm, id) / _FOLDER / f"{name}.json"
+
+
+def in_words(those: Iterable[Dependent]) -> str:
+    """Who stands there, for people; empty if nobody does."""
+    folders: dict[str, list[str]] = {}
+    for one in those:
+        folders.setdefault(one.kind, []).append(one.folder)
+    return "; ".join(f"{kind} stand on it: {', '.join(these)}" for kind, these in folders.items())
 
 
 def standing(root: LocalRoot, vm: str, id: str) -> list[Dependent]:

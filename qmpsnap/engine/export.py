@@ -160,7 +160,7 @@ async def _depended_on(
     ours = [making]
 
     async def noted(folder: Path) -> None:
-        note = dependents.Dependent(folder=str(folder), images=[str(socket)])
+        note = dependents.Dependent(folder=str(folder), images=[str(socket)], kind="exports")
         await asyncio.to_thread(dependents.note, root, vm, id, note)
 
     async def begun() -> None:

@@ -113,9 +113,8 @@ def _debts(roots: Roots, vm: str) -> tuple[set[str], dict[str, str]]:
 
 
 def _who(roots: Roots, vm: str, id: str) -> str:
-    """The restored machines that stand on the snapshot, in words; empty if none does."""
-    folders = [one.folder for one in dependents.standing(roots.local, vm, id)]
-    return f"restored machines stand on it: {', '.join(folders)}" if folders else ""
+    """The restored machines and exports that stand on the snapshot; empty if none does."""
+    return dependents.in_words(dependents.standing(roots.local, vm, id))
 
 
 def _standing(roots: Roots, there: Points) -> dict[str, str]:

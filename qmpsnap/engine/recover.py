@@ -88,8 +88,9 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         did: list[str] = []
         if record.lines and record.lines[0].get("verb") == "delete":
-            if dependents.standing(roots.local, machine.name, record.id):
-                log.warning("%s %s: restored machines stand on it now", machine.name, record.id)
+            if standing := dependents.standing(roots.local, machine.name, record.id):
+                who = dependents.in_words(standing)
+                log.warning("%s %s stays: %s", machine.name, record.id, who)
                 entry.close()
                 continue
             try:
