@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from qmpsnap.engine import copies, delete, layers, recover, spool, survey
+from qmpsnap.engine import copies, layers, recover, spool, survey
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
@@ -21,6 +21,7 @@ from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan, plan, wanted
 from qmpsnap.engine.roots import Judged, Roots, judge
 from qmpsnap.engine.ship import ship, ship_waiting
+from qmpsnap.engine.unkept import called, kept
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
     MonitorBusy,
@@ -161,9 +162,9 @@ async def _judged(roots: Roots) -> Judged | None:
 
 
 def _warn_of_restart(roots: Roots, facts: survey.Survey) -> None:
-    frozen = delete.kept(roots, facts.machine.name) or set()
+    frozen = kept(roots, facts.machine.name) or set()
     for site in facts.sites:
-        if site.disk.chain and not site.disk.read_only and delete.called(site.paths[0]) & frozen:
+        if site.disk.chain and not site.disk.read_only and called(site.paths[0]) & frozen:
             log.warning(
                 "disk %s writes to %s, which a snapshot froze: QEMU was started again without "
                 "its newest overlay; `verify` tells which snapshots that damaged",

@@ -68,20 +68,13 @@ async def journaled(
         verb="refresh" if of else "create",
         of=of,
         bitmaps=[disk.bitmap for disk in made.disks if disk.bitmap is not None],
-        process=_known(facts.process),
+        process=host_process.identified(facts.process),
         sockets=_sockets() if any(disk.copied for disk in made.disks) else None,
     )
     await asyncio.to_thread(local.give_id, roots.local, made.vm, made.id)
     journal = Journal(roots.local.journal(made.vm))
     entry = await asyncio.to_thread(journal.open_entry, str(made.id), msgspec.to_builtins(owed))
     return Debt(entry, owed)
-
-
-def _known(process: ProcessFacts | None) -> ProcessFacts | None:
-    """What tells it from another; its command line is long, and may hold secrets."""
-    if process is None:
-        return None
-    return msgspec.structs.replace(process, exe=None, argv=None, cwd=None, cgroups={})
 
 
 def _sockets() -> str:

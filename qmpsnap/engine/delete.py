@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,22 +16,19 @@ from qmpsnap.engine.listing import find
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.protect import refuse_protected
 from qmpsnap.engine.roots import Roots, judge
+from qmpsnap.engine.unkept import fold_unkept
 from qmpsnap.errors import (
     LocalFailed,
     MonitorAbsent,
     MonitorBusy,
-    MonitorLost,
-    QemuGone,
     Refused,
     StoreError,
     VmBusy,
     VmUnknown,
 )
 from qmpsnap.host import journal, lock
-from qmpsnap.hypervisor.block import fold, graph, job, overlay
-from qmpsnap.hypervisor.monitor import Monitor, connect, settle
-from qmpsnap.ids import NodeName
-from qmpsnap.store import local
+from qmpsnap.hypervisor.block import job
+from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.store.files import sync_folder
 from qmpsnap.store.layout import KEPT, STORAGE
 from qmpsnap.store.points import read as read_points
@@ -74,7 +70,9 @@ async def delete(roots: Roots, machine: Machine, word: str) -> Deleted:
                 # the local half is whole: a debt would only stand in the way of the next `create`
                 await asyncio.to_thread(debt.close)
                 raise
-            folded = await fold_unkept(roots, machine, monitor) if monitor is not None else []
+            folded = (
+                await fold_unkept(roots, machine, monitor, [debt]) if monitor is not None else []
+            )
             await asyncio.to_thread(debt.close)
         return Deleted(id=entry.id, vm=vm, folded=folded, why=why)
 
@@ -134,7 +132,7 @@ def _removed_local(roots: Roots, vm: str, id: str) -> None:
                 leave(folder / str(revision))
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder)  # it was never sealed
-            sweep(roots, vm)
+        sweep(roots, vm)
     except OSError as failed:
         raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed
 
@@ -152,6 +150,7 @@ def sweep(roots: Roots, vm: str) -> list[str]:
     With a damaged one that is a snapshot, or that others stand on, nothing goes: it may stand on
     any of them. Raises OSError, LocalFailed.
     """
+    _remove_empty(roots, vm)
     points = read_points(roots.local, vm)
     listed = {point.name for point in points if not point.kept}
     needed = points.needed(listed)
@@ -170,6 +169,18 @@ def sweep(roots: Roots, vm: str) -> list[str]:
     return sorted(needed - listed)
 
 
+def _remove_empty(roots: Roots, vm: str) -> None:
+    """The folders that a removal has left which was cut off before its last step."""
+    for id in roots.local.ids(vm):
+        folder = roots.local.snapshot(vm, id)
+        for one in (
+            *(folder / str(revision) for revision in roots.local.revisions(vm, id)),
+            folder,
+        ):
+            with suppress(OSError):  # it is not empty
+                one.rmdir()
+
+
 def _remove(folder: Path) -> None:
     # while `kept.json` is there, what a crash leaves is known for what it is
     for path in folder.iterdir():
@@ -178,86 +189,3 @@ def _remove(folder: Path) -> None:
         elif path.name != KEPT:
             path.unlink()
     shutil.rmtree(folder)
-
-
-async def fold_unkept(roots: Roots, machine: Machine, monitor: Monitor) -> list[str]:
-    """Fold each disk's overlays of ours as far down as no snapshot keeps the file beneath.
-
-    Gives the files that went. Raises JobFailed with the disk concerned as it was.
-    """
-    layers = roots.local.layers(machine.name)
-    facts = await survey.take(monitor, machine, layers)
-    needed = await asyncio.to_thread(kept, roots, machine.name)
-    if needed is None:
-        return []
-    gone = await _dropped(monitor, layers, needed)
-    for site in facts.sites:
-        depth = 0
-        while depth < site.layers and not needed & called(site.paths[depth + 1]):
-            depth += 1
-        if depth == 0:
-            continue
-        chain = site.disk.chain
-        try:
-            await fold.fold(monitor, chain[0].name, chain[depth].name)
-        except MonitorLost:
-            # perhaps all was done, and only the answer was lost: nobody would find the files then
-            with suppress(MonitorLost, QemuGone):
-                if await settle(monitor, partial(fold.took_over, base=chain[depth].name)):
-                    await asyncio.to_thread(_unlink, site.paths[:depth])
-            raise
-        await asyncio.to_thread(_unlink, site.paths[:depth])
-        gone += site.paths[:depth]
-    return gone
-
-
-def _unlink(paths: Iterable[str]) -> None:
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
-
-
-async def _dropped(monitor: Monitor, layers: Path, needed: set[str]) -> list[str]:
-    """Close overlays of ours that a fold has left behind, broken off at its end; their files.
-
-    QEMU still has them above what took over, and would take no snapshot of that.
-    """
-    seen = await graph.query(monitor)
-    used = {node.name for disk in seen.disks for node in disk.chain}
-    gone: list[str] = []
-    for name in seen.nodes:
-        freed, at = [], NodeName(name)
-        while at not in used and Path(seen.path(at)).parent == layers:
-            freed.append(seen.path(at))
-            if (beneath := seen.nodes[at].child("backing")) is None:
-                break  # it never took a disk's writes
-            at = beneath
-        if freed and at in used and not seen.parents(NodeName(name)):
-            if not await overlay.drop(monitor, NodeName(name)):
-                continue
-            for path in freed:
-                if not needed & called(path):
-                    await asyncio.to_thread(Path(path).unlink, missing_ok=True)
-                    gone.append(path)
-    return gone
-
-
-def kept(roots: Roots, vm: str) -> set[str] | None:
-    """What the remaining snapshots keep; None when one of them cannot be read: it may keep all."""
-    for facts in local.survey(roots.local, vm):
-        if facts.problem is not None:
-            log.warning("%s: nothing is folded, since %s", vm, facts.problem)
-            return None
-    points = read_points(roots.local, vm)
-    if points.damaged:
-        return None
-    disks = [disk for point in points for disk in point.storage.disks]
-    return {name for disk in disks for image in disk.chain for name in called(image.path)}
-
-
-def called(path: str) -> set[str]:
-    """A file by its name and by its inode: a restarted QEMU may spell its path otherwise."""
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return {path}
-    return {path, f"inode {found.st_dev}:{found.st_ino}"}

@@ -15,6 +15,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.protect import is_protected
 from qmpsnap.engine.retention import Policy
 from qmpsnap.engine.roots import Roots, judge
+from qmpsnap.engine.unkept import fold_unkept
 from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused, VmBusy
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
@@ -71,7 +72,7 @@ async def prune(
         fates, debts, unreachable = await _removed(roots, vm, fates)
         fates = with_earlier(there, fates)
         fates, failed = await _merged(roots, vm, fates, report, merging=merging)
-        folded = await delete.fold_unkept(roots, machine, monitor) if monitor is not None else []
+        folded = await fold_unkept(roots, machine, monitor, debts) if monitor is not None else []
         for debt in debts:
             await asyncio.to_thread(debt.close)
         if unreachable is not None:

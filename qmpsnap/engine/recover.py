@@ -18,6 +18,7 @@ from qmpsnap.engine.levels import newest_bitmaps
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.unkept import fold_unkept
 from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRefused
 from qmpsnap.host import journal
 from qmpsnap.host import process as host_process
@@ -99,7 +100,8 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
                 # the guest is owed nothing here: the next run goes on with it
                 log.warning("%s %s is still to be deleted: %s", machine.name, record.id, dead)
                 continue
-            did = [f"folded {path}" for path in await delete.fold_unkept(roots, machine, monitor)]
+            folded = await fold_unkept(roots, machine, monitor, [entry])
+            did = [f"folded {path}" for path in folded]
         elif record.lines:
             owed = msgspec.convert(record.lines[0], Owed)
             await _refuse_other(monitor, machine, owed)

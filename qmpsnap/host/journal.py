@@ -41,6 +41,10 @@ class Entry:
         """Write down that *phase* is about to begin. Raises LocalFailed: then do not begin it."""
         self._append({"phase": phase, **facts})
 
+    def read(self) -> Record:
+        """All that was written down so far. Raises LocalFailed."""
+        return _read(self.path, self.path.name.removesuffix(_SUFFIX))
+
     def close(self) -> None:
         """Strike the debt out: it is paid. A second call does nothing. Raises LocalFailed."""
         try:

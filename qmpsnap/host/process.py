@@ -119,6 +119,13 @@ def describe(pid: int) -> ProcessFacts:
     )
 
 
+def identified(process: ProcessFacts | None) -> ProcessFacts | None:
+    """What tells it from another; its command line is long, and may hold secrets."""
+    if process is None:
+        return None
+    return msgspec.structs.replace(process, exe=None, argv=None, cwd=None, cgroups={})
+
+
 def still_runs(known: ProcessFacts) -> bool:
     """Whether that very process lives, and is not merely waiting to be reaped."""
     try:

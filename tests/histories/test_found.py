@@ -51,6 +51,10 @@ _FOUND: dict[str, list[Operation]] = {
         _create("overlay"), _WRITE, _create("overlay"), ["restart"], ["delete", 0],
         _fault(["delete", 0], "cut", "job-dismiss"), _create("full"),
     ],
+    "a kill when QEMU has closed what was folded": [
+        _create("overlay"), _WRITE, _fault(["delete", 0], "engine at command", "blockdev-del"),
+        ["check"],
+    ],
     "a kill in a merge": [
         _create("full"), _WRITE, _create("inc"), _WRITE, _create("inc"),
         _fault(["prune", 1, True], "engine at call", "rename v0.qcow2.partial"), ["check"],
