@@ -80,10 +80,9 @@ async def fold_unkept(
 async def _noted(
     debts: Sequence[Entry], phase: str, files: list[str], process: ProcessFacts | None
 ) -> None:
-    known = host_process.identified(process)
-    line = msgspec.to_builtins(Folding(phase=phase, files=files, process=known))
+    known = msgspec.to_builtins(host_process.identified(process))
     for debt in debts[:1]:
-        await asyncio.to_thread(partial(debt.note, **line))
+        await asyncio.to_thread(debt.note, phase, files=files, process=known)
 
 
 async def _forgotten(
