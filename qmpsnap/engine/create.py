@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from qmpsnap.engine import copies, layers, recover, spool, survey
+from qmpsnap.engine import copies, layers, recover, sample, spool, survey, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
@@ -24,6 +24,7 @@ from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.unkept import called, kept
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
+    LocalFailed,
     MonitorBusy,
     NotShipped,
     QemuGone,
@@ -112,8 +113,9 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             debt = await journaled(roots, monitor, made, facts)
             folder = roots.local.spool(machine.name, id)
             try:
-                sampled = await asyncio.to_thread(spool.usage, facts, roots.local.path)
+                before = await sample.take(monitor, facts, roots.local.path)
                 captured = await instant(monitor, made, facts, debt, folder, report)
+                after = await _after(monitor, facts, roots)
                 home = roots.local.snapshot(machine.name, id)
                 copied = await copies.taken(
                     monitor, made, debt, home, points, wishes.copying, report, asked=wishes.level
@@ -125,13 +127,17 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 raise
         try:
             trial = judged.trial if judged else roots.allow_local_store
+            earlier = await asyncio.to_thread(usage.last, roots.local, machine.name)
+            store = judged.store if judged else None
+            used = usage.of(machine.name, str(id), before, after, store=store, earlier=earlier)
             half, manifest = await _sealed(
-                roots, made, facts, captured, copied, sampled, wishes.note, trial, report
+                roots, made, facts, captured, copied, used, wishes.note, trial, report
             )
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
         await debt.note(Phase.SEALED)
+        await asyncio.to_thread(usage.keep, roots.local, used)
         await copies.paid(roots, machine, made, debt)
         try:
             delivered = await ship(roots, machine.name, str(id), report)
@@ -144,6 +150,15 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             log.warning("%s", trouble)
         await copies.digested(roots, machine.name, report)
     return created(roots, half, manifest, shipped=delivered.bytes)
+
+
+async def _after(monitor: Monitor, facts: survey.Survey, roots: Roots) -> sample.Sample | None:
+    """What is used now that the guest runs again; not the reason for which a snapshot is lost."""
+    try:
+        return await sample.take(monitor, facts, roots.local.path, walk=False)
+    except LocalFailed as failed:
+        log.warning("no figures after the point in time: %s", failed)
+        return None
 
 
 def next_id(roots: Roots, machine: Machine) -> SnapshotId:
@@ -179,7 +194,7 @@ async def _sealed(
     facts: survey.Survey,
     captured: Captured,
     copied: Mapping[str, Copied],
-    sampled: spool.Usage,
+    used: usage.Usage,
     note: str,
     trial: bool,
     report: Report,
@@ -192,7 +207,7 @@ async def _sealed(
         facts,
         captured,
         half,
-        sampled,
+        used,
         raw=folder / "stream",
         note=note,
         trial=trial,

@@ -29,6 +29,7 @@ class Judged:
 
     trial: bool
     device: int
+    store: filesystem.Filesystem
 
 
 async def judge(roots: Roots) -> Judged:
@@ -39,7 +40,7 @@ async def judge(roots: Roots) -> Judged:
     local = await asyncio.to_thread(_local, roots.local.path)
     store = await roots.store.examine()
     trial = refuse_same(local, store, allow_local=roots.allow_local_store)
-    return Judged(trial=trial, device=store.device)
+    return Judged(trial=trial, device=store.device, store=store)
 
 
 def _local(path: Path) -> filesystem.Filesystem:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration
+from qmpsnap.engine import configuration, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.identity import identity_of
@@ -17,9 +17,8 @@ from qmpsnap.engine.roots import host_id, moment
 from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import Level
 from qmpsnap.errors import LocalFailed
-from qmpsnap.host import cgroup, filesystem, process, qemu_img
+from qmpsnap.host import qemu_img
 from qmpsnap.host.priority import in_background
-from qmpsnap.host.process import HostUsage, ProcessUsage
 from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from qmpsnap.store import files, manifest, pack
@@ -45,38 +44,6 @@ _LEVELS: dict[Level, manifest.Level] = {
     Level.INC: "inc",
     Level.DIFF: "diff",
 }
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage.json`: what the VM's process and this host used just before the point in time.
-
-    Units are in the names; None is what could not be read, or what there is not.
-    """
-
-    format: str = "qmpsnap-usage"
-    version: int = 1
-    sampled_at: str
-    process: ProcessUsage | None
-    cgroup: cgroup.CgroupUsage | None
-    host: HostUsage
-    local_root: filesystem.Filesystem
-
-
-def usage(facts: Survey, local: Path) -> Usage:
-    """Sample now."""
-    pid = facts.process.pid if facts.process else None
-    try:
-        of_process = process.usage(pid) if pid is not None else None
-        of_group = cgroup.usage(pid) if pid is not None else None
-    except LocalFailed:
-        of_process = of_group = None
-    return Usage(
-        sampled_at=moment(),
-        process=of_process,
-        cgroup=of_group,
-        host=process.host_usage(),
-        local_root=filesystem.examine(local),
-    )
 
 
 def storage(
@@ -149,7 +116,7 @@ async def build(
     facts: Survey,
     captured: Captured,
     half: Storage,
-    sampled: Usage,
+    used: usage.Usage,
     *,
     raw: Path,
     note: str,
@@ -162,8 +129,7 @@ async def build(
     """
     machine = configuration.of(facts)
     await asyncio.to_thread(_small, folder / MACHINE, configuration.encode(machine))
-    text = msgspec.json.format(msgspec.json.encode(sampled), indent=2) + b"\n"
-    await asyncio.to_thread(_small, folder / USAGE, text)
+    await asyncio.to_thread(_small, folder / USAGE, usage.encode(used))
     names = [MACHINE, USAGE]
     for disk in half.disks:
         if disk.role == "pflash":

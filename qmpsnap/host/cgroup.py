@@ -1,49 +1,75 @@
-"""Control groups: the only place that reads a process' group and what it may and does use."""
+"""Control groups: the only place that finds a process' groups and those above them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from qmpsnap.errors import LocalFailed
+from qmpsnap.host import counters, limits
+from qmpsnap.host.counters import GroupFigures
+from qmpsnap.host.limits import GroupLimits
 
-_UNLIMITED = 1 << 62  # v1 writes "no limit" as the largest multiple of a page
+_PROC = Path("/proc")
+
+
+class Ancestor(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of one group above; *hierarchy* names the v1 controllers, and is "" for v2."""
+
+    hierarchy: str
+    path: str
+    limits: GroupLimits
 
 
 class CgroupUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Figures of a process' own groups; None: no such controller, or no limit where a limit is.
+    """The groups of a process. *version*: what the host has mounted of the two kinds.
 
-    *groups* maps a v1 controller (or "" for v2) to the group's path in its hierarchy.
+    *groups* maps a v1 controller (or "" for v2) to the group's path in its hierarchy. *ancestors*
+    go from the nearest upwards, as far as they can be seen from here.
     """
 
+    version: Literal["v1", "v2", "hybrid"] | None
     groups: dict[str, str]
-    memory_bytes: int | None
-    memory_max_bytes: int | None
-    cpu_seconds: float | None
-    cpu_max_count: float | None
-    pids_count: int | None
+    limits: GroupLimits
+    figures: GroupFigures
+    ancestors: list[Ancestor]
 
 
-def usage(pid: int, *, proc: Path = Path("/proc")) -> CgroupUsage:
+@dataclass(frozen=True, slots=True)
+class _Hierarchy:
+    """A mounted hierarchy: *path* and *folder* of the process' group, *depth* below the top."""
+
+    controllers: tuple[str, ...]
+    path: str
+    folder: Path
+    depth: int
+
+
+def usage(pid: int, *, proc: Path = _PROC) -> CgroupUsage:
     """The groups of process *pid*, v1, v2 or both. Raises LocalFailed when it is gone."""
     groups = groups_of(pid, proc=proc)
     try:
         table = (proc / "self" / "mountinfo").read_text()
     except OSError as failed:
         raise LocalFailed(f"the mount table cannot be read: {failed.strerror}") from failed
-    folders = _folders(table, groups)
+    mounted = set(_mounts(table))
+    found = _hierarchies(table, groups)
+    folders = {name: one.folder for one in found for name in one.controllers}
     return CgroupUsage(
+        version=_version({names for _, _, names in mounted}),
         groups=groups,
-        memory_bytes=_number(folders, "memory", "memory.usage_in_bytes", "memory.current"),
-        memory_max_bytes=_number(folders, "memory", "memory.limit_in_bytes", "memory.max"),
-        cpu_seconds=_cpu_seconds(folders),
-        cpu_max_count=_cpu_max(folders),
-        pids_count=_number(folders, "pids", "pids.current", "pids.current"),
+        limits=limits.limits(folders),
+        figures=counters.figures(folders),
+        ancestors=[above for one in found for above in _above(one)],
     )
 
 
-def groups_of(pid: int, *, proc: Path = Path("/proc")) -> dict[str, str]:
+def groups_of(pid: int, *, proc: Path = _PROC) -> dict[str, str]:
     """The group of process *pid* for each v1 controller, and for "" (v2). Raises LocalFailed."""
     try:
         text = (proc / str(pid) / "cgroup").read_text()
@@ -54,51 +80,49 @@ def groups_of(pid: int, *, proc: Path = Path("/proc")) -> dict[str, str]:
     return {name: path for _, names, path in fields for name in names.split(",")}
 
 
-def _folders(table: str, groups: dict[str, str]) -> dict[str, Path]:
-    """Where the group of each controller lies in the file system, as far as it is mounted."""
-    found = {}
+def _mounts(table: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Root, point and controllers of each mounted hierarchy."""
     for line in table.splitlines():
         before, _, after = line.partition(" - ")
-        root, point = before.split(" ")[3:5]
+        root, point = map(_plain, before.split(" ")[3:5])
         fstype, _, options = after.split(" ", 2)
-        names = {"cgroup2": [""], "cgroup": options.split(",")}.get(fstype, [])
-        for name in names:
-            group = Path(groups.get(name, "../"))
-            # a group above the mounted part (of another namespace) cannot be looked at
-            if ".." not in group.parts and group.is_relative_to(root):
-                found[name] = Path(point) / group.relative_to(root)
-    return found
+        if fstype == "cgroup2":
+            yield root, point, ("",)
+        elif fstype == "cgroup":
+            words = tuple(word for word in options.split(",") if word not in {"rw", "ro"})
+            yield root, point, words
 
 
-def _read(folders: dict[str, Path], controller: str, file: str) -> str | None:
-    if controller not in folders:
-        return None
-    try:
-        return (folders[controller] / file).read_text().strip()
-    except OSError:
-        return None
+def _plain(field: str) -> str:
+    # the table writes a blank in a path as \040
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
-def _number(folders: dict[str, Path], controller: str, v1: str, v2: str) -> int | None:
-    text = _read(folders, controller, v1) or _read(folders, "", v2)
-    number = int(text) if text and text != "max" else None
-    return number if number is not None and number < _UNLIMITED else None
+def _version(kinds: set[tuple[str, ...]]) -> Literal["v1", "v2", "hybrid"] | None:
+    two = ("",) in kinds
+    one = any(names != ("",) for names in kinds)
+    return "hybrid" if one and two else "v2" if two else "v1" if one else None
 
 
-def _cpu_seconds(folders: dict[str, Path]) -> float | None:
-    if (nanoseconds := _number(folders, "cpuacct", "cpuacct.usage", "")) is not None:
-        return nanoseconds / 1e9
-    figures = dict(line.split() for line in (_read(folders, "", "cpu.stat") or "").splitlines())
-    return int(figures["usage_usec"]) / 1e6 if "usage_usec" in figures else None
+def _hierarchies(table: str, groups: dict[str, str]) -> list[_Hierarchy]:
+    found: dict[tuple[str, ...], _Hierarchy] = {}
+    for root, point, words in _mounts(table):
+        names = tuple(word for word in words if word in groups)
+        path = groups[names[0]] if names else ".."
+        group = Path(path)
+        # a group above the mounted part (of another namespace) cannot be looked at
+        if ".." not in group.parts and group.is_relative_to(root):
+            below = group.relative_to(root)
+            found[names] = _Hierarchy(names, path, Path(point) / below, len(below.parts))
+    return list(found.values())
 
 
-def _cpu_max(folders: dict[str, Path]) -> float | None:
-    """How many CPUs the group may use at a time."""
-    quota, period = (
-        _read(folders, "cpu", "cpu.cfs_quota_us"),
-        _read(folders, "cpu", "cpu.cfs_period_us"),
-    )
-    if quota is None or period is None:
-        quota, _, period = (_read(folders, "", "cpu.max") or "max").partition(" ")
-    unlimited = quota in ("max", "-1") or not period
-    return None if unlimited else int(quota) / int(period)
+def _above(one: _Hierarchy) -> Iterator[Ancestor]:
+    path, folder = Path(one.path), one.folder
+    for _ in range(one.depth):
+        path, folder = path.parent, folder.parent
+        yield Ancestor(
+            hierarchy=",".join(one.controllers),
+            path=str(path),
+            limits=limits.limits(dict.fromkeys(one.controllers, folder)),
+        )

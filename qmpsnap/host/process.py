@@ -34,45 +34,6 @@ class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
     cgroups: dict[str, str]
 
 
-class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process has used since its start, or uses now; None where we may not look."""
-
-    pid: int
-    cpu_user_seconds: float | None
-    cpu_system_seconds: float | None
-    rss_bytes: int | None
-    vms_bytes: int | None
-    swap_bytes: int | None
-    read_bytes: int | None
-    write_bytes: int | None
-    read_count: int | None
-    write_count: int | None
-    thread_count: int | None
-    open_fd_count: int | None
-    voluntary_switch_count: int | None
-    involuntary_switch_count: int | None
-    cpu_affinity: list[int] | None
-
-
-class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the host has and uses; CPU times are sums over all CPUs since *booted_at*."""
-
-    cpu_count: int
-    load_1_minute: float
-    load_5_minutes: float
-    load_15_minutes: float
-    memory_total_bytes: int
-    memory_available_bytes: int
-    swap_total_bytes: int
-    swap_free_bytes: int
-    booted_at: str
-    cpu_user_seconds: float
-    cpu_system_seconds: float
-    cpu_idle_seconds: float
-    cpu_iowait_seconds: float | None
-    cpu_steal_seconds: float | None
-
-
 def find_owner(socket_path: Path) -> int | None:
     """The process that listens at *socket_path*; of several, one that is called qemu.
 
@@ -136,54 +97,6 @@ def still_runs(known: ProcessFacts) -> bool:
         return False
 
 
-def usage(pid: int) -> ProcessUsage:
-    """What the process uses. Raises LocalFailed when it is gone."""
-    process = _process(pid)
-    with process.oneshot():
-        cpu, memory = _allowed(process.cpu_times), _allowed(process.memory_info)
-        io, switches = _allowed(process.io_counters), _allowed(process.num_ctx_switches)
-        threads = _allowed(process.num_threads)
-    return ProcessUsage(
-        pid=pid,
-        cpu_user_seconds=cpu.user if cpu else None,
-        cpu_system_seconds=cpu.system if cpu else None,
-        rss_bytes=memory.rss if memory else None,
-        vms_bytes=memory.vms if memory else None,
-        swap_bytes=_allowed(lambda: _swap(pid)),
-        read_bytes=io.read_bytes if io else None,
-        write_bytes=io.write_bytes if io else None,
-        read_count=io.read_count if io else None,
-        write_count=io.write_count if io else None,
-        thread_count=threads,
-        open_fd_count=_allowed(process.num_fds),
-        voluntary_switch_count=switches.voluntary if switches else None,
-        involuntary_switch_count=switches.involuntary if switches else None,
-        cpu_affinity=_allowed(process.cpu_affinity),
-    )
-
-
-def host_usage() -> HostUsage:
-    """What the host uses now."""
-    cpu, memory, swap = psutil.cpu_times(), psutil.virtual_memory(), psutil.swap_memory()
-    load = psutil.getloadavg()
-    return HostUsage(
-        cpu_count=psutil.cpu_count() or 1,
-        load_1_minute=load[0],
-        load_5_minutes=load[1],
-        load_15_minutes=load[2],
-        memory_total_bytes=memory.total,
-        memory_available_bytes=memory.available,
-        swap_total_bytes=swap.total,
-        swap_free_bytes=swap.free,
-        booted_at=_moment(psutil.boot_time()),
-        cpu_user_seconds=cpu.user,
-        cpu_system_seconds=cpu.system,
-        cpu_idle_seconds=cpu.idle,
-        cpu_iowait_seconds=getattr(cpu, "iowait", None),
-        cpu_steal_seconds=getattr(cpu, "steal", None),
-    )
-
-
 def _listening(socket_path: Path) -> Iterator[tuple[int, str]]:
     """Each process that has the socket at *socket_path*, with the name it was bound to."""
     real = os.path.realpath(socket_path)
@@ -233,14 +146,6 @@ def _called(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return "?"
-
-
-def _swap(pid: int) -> int | None:
-    # psutil adds it up from smaps, which takes a walk over all of the guest's pages
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmSwap:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _moment(seconds: float) -> str:

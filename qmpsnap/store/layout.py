@@ -65,6 +65,10 @@ class LocalRoot(_Root):
         """The newest ID that was ever given to a snapshot of *vm*."""
         return self.vm(vm) / "last"
 
+    def usage(self, vm: str) -> Path:
+        """The figures of the newest snapshot, which the next one counts from."""
+        return self.vm(vm) / "usage.json"
+
     def layers(self, vm: str) -> Path:
         """The folder of the overlays that take writes: no snapshot's, as they still change."""
         return self.vm(vm) / "layers"

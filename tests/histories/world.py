@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _AT_THE_END: list[Operation] = [["check"], ["restart"], ["check"]]
 # of files of which each engine writes the next one: that takes the place of what was left
-_WRITTEN_AGAIN = {"last.partial", "identity.json.partial"}
+_WRITTEN_AGAIN = {"last.partial", "identity.json.partial", "usage.json.partial"}
 _UUID = "8d9a1f1e-5b0c-4f0e-9a51-3d2f6b1c7e42"
 
 
