@@ -137,8 +137,8 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
         await debt.note(Phase.SEALED)
-        await asyncio.to_thread(usage.keep, roots.local, used)
         await copies.paid(roots, machine, made, debt)
+        await asyncio.to_thread(usage.keep, roots.local, used)
         try:
             delivered = await ship(roots, machine.name, str(id), report)
         except NotShipped as waiting:
