@@ -26,6 +26,7 @@ from qmpsnap.cli import (
     ship,
     show,
     thaw,
+    usage,
     verify,
 )
 
@@ -93,6 +94,7 @@ _add(create.create, "create", create.EPILOG)
 _add(refresh.refresh, "refresh", refresh.EPILOG)
 _add(list.list_, "list", list.EPILOG)
 _add(show.show, "show", show.EPILOG)
+_add(usage.usage, "usage", usage.EPILOG)
 _add(info.info, "info", info.EPILOG)
 _add(verify.verify, "verify", verify.EPILOG)
 _add(restore.restore, "restore", restore.EPILOG)

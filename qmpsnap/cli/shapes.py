@@ -11,6 +11,7 @@ from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.export import Exported
 from qmpsnap.engine.fates import Fate
+from qmpsnap.engine.history import Record
 from qmpsnap.engine.info import Info
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.verify import Verified
@@ -150,6 +151,7 @@ KINDS: dict[str, type[Struct]] = {
     "create-dry-run": Planned,
     "list": Entry,
     "show": Shown,
+    "usage": Record,
     "info": Info,
     "verify": Verified,
     "restore": Restored,

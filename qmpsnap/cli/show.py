@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from qmpsnap.cli import options
 from qmpsnap.cli.target import Call, snapshot
@@ -12,6 +14,7 @@ EPILOG = """\b
 Examples:
   qmpsnap show web
   qmpsnap show web 20261122T1650 --json
+  qmpsnap show web --usage
 
 \b
 Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
@@ -20,13 +23,34 @@ Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
 
 
 @verb()
-async def show(call: Call, vm: options.Vm, id: options.Id = "latest") -> None:
+async def show(
+    call: Call,
+    vm: options.Vm,
+    id: options.Id = "latest",
+    usage: Annotated[
+        bool,
+        typer.Option(
+            "--usage",
+            help="Show what the VM and its host used, then and since the snapshot before. "
+            "Default: what the snapshot consists of.",
+            show_default=False,
+        ),
+    ] = False,
+) -> None:
     """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
+    from qmpsnap.cli import used
     from qmpsnap.cli.render import in_bytes, in_ms
     from qmpsnap.cli.shapes import Shown
 
     call.machine(vm, reach=False)
     engine = call.engine()
+    if usage:
+        record = await engine.usage(vm, snapshot(id))
+        if call.out.json:
+            call.out.record(record)
+        else:
+            used.show(call.out, record)
+        return
     pair = await engine.show(vm, snapshot(id))
     refreshed = [one for one in await engine.revisions(vm, pair.id) if one.revision]
     out, storage, manifest = call.out, pair.storage, pair.manifest

@@ -26,6 +26,7 @@ from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import (
     LocalFailed,
     MonitorBusy,
+    MonitorLost,
     NotShipped,
     QemuGone,
     StoreError,
@@ -156,7 +157,7 @@ async def _after(monitor: Monitor, facts: survey.Survey, roots: Roots) -> sample
     """What is used now that the guest runs again; not the reason for which a snapshot is lost."""
     try:
         return await sample.take(monitor, facts, roots.local.path, walk=False)
-    except LocalFailed as failed:
+    except (LocalFailed, MonitorLost) as failed:
         log.warning("no figures after the point in time: %s", failed)
         return None
 

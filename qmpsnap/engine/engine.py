@@ -15,6 +15,7 @@ from qmpsnap.engine import (
     delete,
     export,
     half,
+    history,
     info,
     listing,
     merge,
@@ -106,6 +107,21 @@ class Engine:
         """The local half of the snapshot *id* at each of its revisions, the RAM's own first."""
         points = await asyncio.to_thread(read_points, self.roots.local, vm)
         return [one.storage for one in points if one.storage.id == id]
+
+    async def usage(self, vm: str, word: str = listing.LATEST) -> history.Record:
+        """What the VM and its host used at one snapshot, and since the one before.
+
+        Raises SnapshotUnknown, HalfMissing, ManifestError, StoreError.
+        """
+        entry = await listing.find(self.roots, vm, word)
+        used = await history.of_pair(await half.open_pair(self.roots, entry))
+        return history.Record(
+            vm=vm, id=entry.id, state=entry.state, taken_at=entry.taken_at, usage=used
+        )
+
+    async def usages(self, vm: str) -> Sequence[history.Record]:
+        """The same of every snapshot of *vm*, oldest first; what cannot be read says why."""
+        return await history.history(self.roots, vm)
 
     async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
         """What can be done with a running VM, and why not; *changes*: what an increment copies."""

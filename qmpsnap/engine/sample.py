@@ -11,7 +11,7 @@ import msgspec
 
 from qmpsnap.engine.roots import moment
 from qmpsnap.engine.survey import Survey
-from qmpsnap.errors import LocalFailed, MonitorError
+from qmpsnap.errors import LocalFailed, ReplyMalformed
 from qmpsnap.host import cgroup, filesystem, interfaces, load, memory, tasks
 from qmpsnap.hypervisor.machine import figures
 from qmpsnap.hypervisor.monitor import Monitor
@@ -36,12 +36,12 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 async def take(monitor: Monitor, facts: Survey, local: Path, *, walk: bool = True) -> Sample:
     """Look now, never while the guest is held. *walk*: also at what takes a walk over its pages.
 
-    Costs less than 50 ms of CPU. Raises LocalFailed when the host itself cannot be asked; what
-    becomes of QEMU meanwhile is for others to find.
+    Costs less than 50 ms of CPU. Raises LocalFailed when the host itself cannot be asked, and
+    MonitorLost.
     """
     try:
         guest = _named(await figures.query(monitor), facts)
-    except MonitorError:
+    except ReplyMalformed:
         guest = None
     return await asyncio.to_thread(_look, facts, guest, local, walk)
 

@@ -11,7 +11,18 @@ import pytest
 from tests.cli.conftest import Program
 from tests.rig.qemu import ROOT
 
-VERBS = ["create", "refresh", "list", "show", "info", "verify", "restore", "export", "ship"]
+VERBS = [
+    "create",
+    "refresh",
+    "list",
+    "show",
+    "usage",
+    "info",
+    "verify",
+    "restore",
+    "export",
+    "ship",
+]
 VERBS += ["delete", "prune", "protect", "unprotect", "recover", "thaw", "run"]
 HEAVY = "qmpsnap.engine qmpsnap.hypervisor qmpsnap.store qmpsnap.host qmpsnap.config"
 HEAVY += " qemu psutil zstandard blake3 rich msgspec asyncio"

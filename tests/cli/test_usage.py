@@ -1,0 +1,112 @@
+"""`usage` and `show --usage` on a real QEMU: tables, CSV, JSON, bars, and what cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmpsnap.cli import chart, units
+from qmpsnap.engine import usage
+from qmpsnap.engine.history import Record
+from qmpsnap.engine.row import Row, row
+from tests.cli.conftest import Program, powered, shipped
+from tests.unit.test_usage import FIRST
+
+
+async def test_a_history_of_two(program: Program, qemu72: Path) -> None:
+    async with powered(program, qemu72) as vm:
+        reach = ["--socket", vm.qmp, *program.roots, "--ram", "none", "--json"]
+        ids = [(await program.ok("create", "web", *reach)).record["id"] for _ in range(2)]
+    lines = (await program.ok("usage", "web", *program.roots, "--json")).records
+    first, second = (msgspec.convert(line, Record) for line in lines)
+    assert [first.id, second.id] == ids
+    assert first.usage is not None
+    assert first.usage.since_last is None
+    assert second.usage is not None
+    assert second.usage.since_last is not None
+    assert second.usage.since_last.since == ids[0]
+
+    text = (await program.ok("usage", "web", *program.roots)).out
+    head, *rows = text.splitlines()
+    assert head.split()[:4] == ["ID", "INTERVAL", "CPUS", "VCPUS"]
+    assert [row.split()[0] for row in rows] == ids
+    assert rows[0].split()[1:4] == ["-", "-", "-"]
+
+    table = (await program.ok("usage", "web", *program.roots, "--csv")).out
+    read = list(csv.DictReader(io.StringIO(table)))
+    assert list(read[0]) == list(Row.__struct_fields__)
+    assert read[0]["cpu_share"] == ""  # absent, and not 0
+    over = second.usage.since_last
+    assert float(read[1]["cpu_share"]) == over.cpu_share
+    assert float(read[1]["interval_seconds"]) == over.seconds
+    assert second.usage.before.memory is not None
+    assert int(read[1]["rss_bytes"]) == second.usage.before.memory.rss_bytes
+    assert second.usage.store_root is not None
+    assert int(read[1]["store_root_free_bytes"]) == second.usage.store_root.free_bytes
+
+    bars = (await program.ok("usage", "web", *program.roots, "--chart", "memory")).out
+    assert bars.count("█" * 30) == 2
+
+    shown = (await program.ok("show", "web", ids[1], *program.roots, "--usage")).out
+    for word in ("vCPU 0", "vd0", f"since {ids[0]}", "RSS", "LATENCY", "GROUP", "store root"):
+        assert word in shown, word
+    one = await program.ok("show", "web", ids[1], *program.roots, "--usage", "--json")
+    assert msgspec.convert(one.record, Record) == second
+
+    # one that cannot be read does not hide the other
+    broken = program.store / "web" / ids[0] / "usage.json"
+    broken.chmod(0o600)
+    broken.write_text("{}")
+    ran = await program.ok("usage", "web", *program.roots)
+    assert [row.split()[0] for row in ran.out.splitlines()[1:]] == ids
+    assert ids[0] in ran.err
+    assert (await program.run("show", "web", ids[0], *program.roots, "--usage")).code == 7
+
+
+async def test_misuse(program: Program) -> None:
+    for words in (["--csv", "--json"], ["--chart", "cpu", "--csv"], ["--chart", "colour"]):
+        ran = await program.run("usage", "web", *program.roots, *words)
+        assert (ran.code, ran.out) == (2, "")
+    assert (await program.run("usage", "nobody", *program.roots)).code == 3
+
+
+async def test_a_spool_without_usage_says_so(program: Program) -> None:
+    await shipped(program)
+    lines = (await program.ok("usage", "web", *program.roots, "--json")).records
+    assert [line["usage"] for line in lines] == [None]
+    assert "usage.json" in lines[0]["why"]
+
+
+def test_a_bar_in_eighths() -> None:
+    assert chart.bar(1, 2, width=2) == "█"
+    assert chart.bar(9, 16, width=2) == "█▏"
+    assert chart.bar(0.0001, 1) == "▏"  # little is not nothing
+    assert chart.bar(0, 1) == chart.bar(None, 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        (units.duration(0.0005), "0.50 ms"),
+        (units.duration(119), "119.0 s"),
+        (units.duration(7200), "2.0 h"),
+        (units.duration(None), "-"),
+        (units.per_second(1536), "1.5 KiB/s"),
+        (units.percent(0.025), "2.5 %"),
+        (units.numbers([5, 0, 1, 2]), "0-2,5"),
+        (units.numbers([]), "none"),
+    ],
+)
+def test_units(told: str, text: str) -> None:
+    assert told == text
+
+
+def test_a_record_of_version_1_has_a_row() -> None:
+    old = usage.decode(json.dumps(FIRST), "usage.json")
+    found = row(Record(vm="web", id="a", state="paired", taken_at=None, usage=old))
+    assert (found.rss_bytes, found.cpu_share, found.host_load_1_minute) == (4096, None, 0.5)
