@@ -119,7 +119,8 @@ def _threads(out: Output, now: Sample, over: Interval | None) -> None:
     ]  # fmt: skip
     rows += [
         [f"iothread {one.name}", "1", duration(_cpu(one.cpu_user_seconds, one.cpu_system_seconds)),
-         ABSENT, duration(one.run_delay_seconds), units.numbers(one.cpu_affinity)]
+         cpus(over.iothread_shares.get(one.name) if over else None),
+         duration(one.run_delay_seconds), units.numbers(one.cpu_affinity)]
         for one in found.iothreads
     ]  # fmt: skip
     for name, several, share in (

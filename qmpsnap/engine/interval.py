@@ -9,7 +9,7 @@ import msgspec
 from qmpsnap.engine.sample import Sample
 from qmpsnap.host.interfaces import InterfaceUsage
 from qmpsnap.host.load import Pressure
-from qmpsnap.host.tasks import Threads
+from qmpsnap.host.tasks import Threads, ThreadUsage
 from qmpsnap.hypervisor.machine.figures import DiskUsage
 
 
@@ -44,9 +44,10 @@ class InterfaceInterval(msgspec.Struct, frozen=True, kw_only=True):
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
     """The figures over *seconds*, *since* the snapshot of that ID (or of this snapshot's own work).
 
-    Shares count CPUs: 1.5 is one and a half of them all the time; *vcpu_shares* is by vCPU. The
-    shares of the run delay, of throttling and of pressure (some task waited) are of the time. None
-    is what one of the two samples lacks, or what was counted anew in between.
+    Shares count CPUs: 1.5 is one and a half of them all the time; *vcpu_shares* is by vCPU,
+    *iothread_shares* by iothread. The shares of the run delay, of throttling and of pressure (some
+    task waited) are of the time. None is what one of the two samples lacks, or what was counted
+    anew in between.
     """
 
     since: str
@@ -58,6 +59,7 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
     main_share: float | None
     worker_share: float | None
     vcpu_shares: dict[str, float]
+    iothread_shares: dict[str, float]
     vcpu_run_delay_share: float | None
     read_bytes: int | None
     write_bytes: int | None
@@ -103,7 +105,10 @@ def between(old: Sample, new: Sample, since: str) -> Interval | None:
         iothread_share=per.second(_cpu_of("iothread", first, last)),
         main_share=per.second(_cpu_of("main", first, last)),
         worker_share=per.second(_cpu_of("worker", first, last)),
-        vcpu_shares=per.vcpus(first, last),
+        vcpu_shares=per.threads(first.vcpus if first else [], last.vcpus if last else []),
+        iothread_shares=per.threads(
+            first.iothreads if first else [], last.iothreads if last else []
+        ),
         vcpu_run_delay_share=per.second(
             _grown(first and first.vcpu, last and last.vcpu, "run_delay_seconds")
         ),
@@ -141,11 +146,9 @@ class _Rates:
     def second(self, grown: float | None) -> float | None:
         return None if grown is None else grown / self._seconds
 
-    def vcpus(self, first: Threads | None, last: Threads | None) -> dict[str, float]:
-        if first is None or last is None:
-            return {}
-        before = {(one.name, one.thread_id): one for one in first.vcpus}
-        pairs = [(before.get((one.name, one.thread_id)), one) for one in last.vcpus]
+    def threads(self, old: list[ThreadUsage], new: list[ThreadUsage]) -> dict[str, float]:
+        before = {(one.name, one.thread_id): one for one in old}
+        pairs = [(before.get((one.name, one.thread_id)), one) for one in new]
         shares = {now.name: self.second(_cpu(then, now)) for then, now in pairs}
         return {name: share for name, share in shares.items() if share is not None}
 

@@ -25,8 +25,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     *before* the point in time, and *after* the guest ran again, before its disks were copied.
     *around*: between these two. *since_last*: from the last sample of the snapshot before to
-    *before*, thus what the VM used by itself; None for the first one, and after QEMU was started
-    again. *store_root* is as it was when the snapshot began, None if the store did not answer.
+    *before*, thus what the VM used by itself, and QEMU for the copies of that snapshot's disks;
+    None for the first one, and after QEMU was started again. *store_root* is as it was when the
+    snapshot began, None if the store did not answer.
     """
 
     format: Literal["qmpsnap-usage"] = "qmpsnap-usage"

@@ -60,7 +60,8 @@ def sample(n: int, **other: Any) -> Sample:
             read_bytes=4096 * n, write_bytes=0,
         ),
         threads=Threads(
-            vcpus=vcpus, iothreads=[], main=None, iothread=nothing, worker=nothing,
+            vcpus=vcpus, iothreads=[replaced(vcpus[1], name="io0")], main=None,
+            iothread=nothing, worker=nothing,
             vcpu=ThreadSum(thread_count=2, cpu_user_seconds=3.0 * n, cpu_system_seconds=0,
                            run_delay_seconds=1.0 * n),
         ),
@@ -85,7 +86,7 @@ def test_an_interval() -> None:
     assert (over.since, over.seconds) == ("earlier", 20)
     assert (over.cpu_seconds, over.cpu_share) == (40, 2)
     assert (over.vcpu_share, over.vcpu_shares) == (0.3, {"0": 0.1, "1": 0.2})
-    assert (over.iothread_share, over.main_share) == (0, None)
+    assert (over.iothread_shares, over.iothread_share, over.main_share) == ({"io0": 0.2}, 0, None)
     assert over.vcpu_run_delay_share == 0.1
     assert (over.read_bytes, over.read_bytes_per_second) == (8192, 409.6)
     assert over.write_bytes == 0
