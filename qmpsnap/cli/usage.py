@@ -24,6 +24,7 @@ Examples:
   qmpsnap usage web
   qmpsnap usage web --chart cpu
   qmpsnap usage web --csv >web.csv
+  qmpsnap usage web --svg >web.svg
 
 \b
 Exit codes: 0 done; 2 usage; 3 no such VM; 4 a root cannot be read.
@@ -51,15 +52,24 @@ async def usage(
             show_default=False,
         ),
     ] = None,
+    svg: Annotated[
+        bool,
+        typer.Option(
+            "--svg",
+            help="A picture of the figures over time, as SVG on stdout. Default: a table.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Show what a VM and its host used at each snapshot, oldest first."""
     from qmpsnap.cli import chart as charts
+    from qmpsnap.cli import picture
     from qmpsnap.engine.row import row
     from qmpsnap.errors import UsageError, VmUnknown
 
     out = call.out
-    if (csv, chart is not None, out.json).count(True) > 1:
-        raise UsageError("--csv, --chart and --json are three ways to print the same")
+    if (csv, svg, chart is not None, out.json).count(True) > 1:
+        raise UsageError("--csv, --chart, --svg and --json are ways to print the same")
     figure = charts.figure(chart) if chart is not None else None
     machine = call.machine(vm, reach=False)
     records = await call.engine().usages(vm)
@@ -72,6 +82,8 @@ async def usage(
     rows = [row(record) for record in records]
     if csv:
         _csv(out, rows)
+    elif svg:
+        out.line(picture.svg(vm, rows))
     elif not rows:
         out.notice("no snapshots found")
     elif figure is not None:

@@ -6,11 +6,12 @@ import csv
 import io
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
 
-from qmpsnap.cli import chart, units
+from qmpsnap.cli import chart, picture, units
 from qmpsnap.engine import usage
 from qmpsnap.engine.history import Record
 from qmpsnap.engine.row import Row, row
@@ -49,6 +50,10 @@ async def test_a_history_of_two(program: Program, qemu72: Path) -> None:
     assert second.usage.store_root is not None
     assert int(read[1]["store_root_free_bytes"]) == second.usage.store_root.free_bytes
 
+    drawn = ElementTree.fromstring((await program.ok("usage", "web", *program.roots, "--svg")).out)
+    assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {one.text for one in drawn.iter() if one.text} >= {"CPUs in use", "RSS", "written"}
+
     bars = (await program.ok("usage", "web", *program.roots, "--chart", "memory")).out
     assert bars.count("█" * 30) == 2
 
@@ -69,7 +74,12 @@ async def test_a_history_of_two(program: Program, qemu72: Path) -> None:
 
 
 async def test_misuse(program: Program) -> None:
-    for words in (["--csv", "--json"], ["--chart", "cpu", "--csv"], ["--chart", "colour"]):
+    for words in (
+        ["--csv", "--json"],
+        ["--chart", "cpu", "--csv"],
+        ["--svg", "--csv"],
+        ["--chart", "colour"],
+    ):
         ran = await program.run("usage", "web", *program.roots, *words)
         assert (ran.code, ran.out) == (2, "")
     assert (await program.run("usage", "nobody", *program.roots)).code == 3
@@ -80,6 +90,29 @@ async def test_a_spool_without_usage_says_so(program: Program) -> None:
     lines = (await program.ok("usage", "web", *program.roots, "--json")).records
     assert [line["usage"] for line in lines] == [None]
     assert "usage.json" in lines[0]["why"]
+
+
+def test_a_picture_has_gaps_where_nothing_is_known() -> None:
+    shares = [0.5, 1.0, None, 0.25, None]
+    rows = [
+        Row(
+            vm="a<b",
+            id="x",
+            state="paired",
+            taken_at=f"2026-11-2{day}T00:00:00.000Z",
+            cpu_share=one,
+        )
+        for day, one in enumerate(shares)
+    ]
+    drawn = ElementTree.fromstring(picture.svg("a<b", rows))
+    kinds = [one.tag.rpartition("}")[2] for one in drawn.iter()]
+    assert kinds.count("circle") == 3
+    (line,) = [one for one in drawn.iter() if one.tag.endswith("polyline")]
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.attrib["points"].split())
+    assert x1 < x2
+    assert y1 > y2  # upwards is more
+    assert "a<b" in str(drawn.findtext("{http://www.w3.org/2000/svg}text"))
+    assert "no snapshots" in picture.svg("web", [])
 
 
 def test_a_bar_in_eighths() -> None:
