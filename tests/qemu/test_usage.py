@@ -233,7 +233,7 @@ async def test_its_own_group(qemu72: Path, short: Path, group: dict[str, Path]) 
 
 
 async def test_its_cost(qemu72: Path, short: Path) -> None:
-    """Below 50 ms of CPU of ours; measured 7 to 15 ms for QEMU with 64 MiB of RAM."""
+    """Below 50 ms of CPU of ours; measured 6 to 13 ms for QEMU with 64 MiB of RAM."""
     costs = []
     async with running(qemu72, *machine(short), directory=short) as vm:
         await booting(vm)
