@@ -196,6 +196,6 @@ def _instant(out: Output, used: Usage) -> None:
     out.line()
     out.line(
         f"The point in time took {duration(over.seconds)} from sample to sample: "
-        f"{duration(over.cpu_seconds)} of QEMU's CPU time, {units.count(over.write_bytes)} bytes "
+        f"{duration(over.cpu_seconds)} of QEMU's CPU time, {units.size(over.write_bytes)} "
         f"written; the host's tasks waited {percent(over.host_pressure_io_share)} of it for I/O."
     )
