@@ -13,6 +13,7 @@ from typing import Self
 import msgspec
 
 from qmpsnap.cli.bar import Bar
+from qmpsnap.units import in_bytes as in_bytes
 
 _ENDLESS = 10_000
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -165,18 +166,6 @@ class _Log(logging.Handler):
             if self._out.verbose >= 2:
                 text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
         self._out.aside(record.levelname.lower(), text)
-
-
-def in_bytes(count: int | None) -> str:
-    """A size for people: `64.0 MiB`."""
-    if count is None:
-        return "-"
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def in_ms(milliseconds: float | None) -> str:

@@ -14,18 +14,21 @@ from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
     from qmpsnap.cli.render import Output
+    from qmpsnap.engine.fitness import Fitness
     from qmpsnap.engine.restore import Ready, Restored
 
 EPILOG = """\b
 Examples:
   qmpsnap restore web --to /srv/back
   qmpsnap restore web 20261122T1650 --to /srv/back --detach
+  qmpsnap restore web --to /srv/back --check
   qmpsnap restore web --to /srv/copy --cold --standalone --no-start
 
 \b
-Exit codes: 0 the machine ended by itself, or runs on with --detach; 2 usage;
-3 refused; 4 failed, nothing is left behind; 6 the restored guest may need help;
-7 damaged data found; 130 or 143 the machine was ended by Ctrl-C or SIGTERM.
+Exit codes: 0 the machine ended by itself, or runs on with --detach, or --check found
+nothing that blocks; 2 usage; 3 refused, or blocked; 4 failed, nothing is left behind;
+6 the restored guest may need help; 7 damaged data found; 130 or 143 the machine was
+ended by Ctrl-C or SIGTERM.
 """
 
 
@@ -68,6 +71,15 @@ async def restore(
             show_default=False,
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only compare the captured machine with this host, in a table. Default: compare, "
+            "and restore if nothing blocks.",
+            show_default=False,
+        ),
+    ] = False,
     no_start: Annotated[
         bool,
         typer.Option(
@@ -106,6 +118,9 @@ async def restore(
 
     The snapshot is never written to: the new machine writes into DIR. Files and sockets of the
     captured machine move under DIR and keep their names.
+
+    Before anything is built, the machine is compared with this host: what blocks is named, and
+    refused; what merely differs is a warning. --check shows all that was compared, and stops there.
     """
     from qmpsnap.engine.restore import Restoration
 
@@ -120,7 +135,12 @@ async def restore(
         qmp=qmp_socket.absolute() if qmp_socket else None,
         qemu=qemu.absolute() if qemu else None,
     )
+    if check:
+        _show_fitness(out, await engine.check(vm, wish, snapshot(id)))
+        return
     ready = await engine.prepare_restore(vm, wish, snapshot(id))
+    for warning in ready.warnings:
+        out.aside("warning", warning)
     for notice in ready.notices:
         out.notice(notice)
     if no_start:
@@ -132,6 +152,21 @@ async def restore(
             out.notice("the machine runs; Ctrl-C ends it")
             await back.process.exited()
             out.notice("the machine has ended")
+
+
+def _show_fitness(out: Output, found: Fitness) -> None:
+    from qmpsnap.errors import Blocked
+
+    if out.json:
+        out.record(found)
+    else:
+        rows = [[it.what, it.captured, it.here, it.verdict, it.why] for it in found.rows]
+        out.table(("WHAT", "CAPTURED", "HERE", "VERDICT", "WHY"), rows)
+        for notice in found.notices:
+            out.notice(notice)
+    if not found.fits:
+        names = ", ".join(row.what for row in found.rows if row.verdict == "blocks")
+        raise Blocked(f"{found.vm} {found.id} cannot come back here: {names}")
 
 
 def _show(out: Output, back: Restored) -> None:

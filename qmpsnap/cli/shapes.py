@@ -11,6 +11,7 @@ from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.export import Exported
 from qmpsnap.engine.fates import Fate
+from qmpsnap.engine.fitness import Fitness
 from qmpsnap.engine.history import Record
 from qmpsnap.engine.info import Info
 from qmpsnap.engine.protect import Protection
@@ -155,6 +156,7 @@ KINDS: dict[str, type[Struct]] = {
     "info": Info,
     "verify": Verified,
     "restore": Restored,
+    "restore-check": Fitness,
     "restore-no-start": Prepared,
     "export": Exported,
     "ship": Shipped,

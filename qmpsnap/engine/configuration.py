@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,14 @@ from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import HalfMissing, ManifestError
 from qmpsnap.hypervisor.machine import inventory, records
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
+
+_FORMAT: Literal["qmpsnap-machine"] = "qmpsnap-machine"
+_VERSION = 1
+
+
+class _Head(msgspec.Struct, frozen=True):
+    format: str
+    version: int
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,13 +71,40 @@ def encode(configuration: Configuration) -> bytes:
 
 
 def decode(text: str | bytes, path: str) -> Configuration:
-    """Raises ManifestError, naming *path* and the key."""
+    """Raises ManifestError, naming *path* and the key; also for one that could be left out.
+
+    What `encode` writes is written whole, so that a key that is not there was taken away.
+    """
     try:
+        head = msgspec.json.decode(text, type=_Head)
+        if head.format != _FORMAT:
+            raise ManifestError(f"{path}: is of the format {head.format!r}, not {_FORMAT!r}")
+        if head.version > _VERSION:
+            raise ManifestError(
+                f"{path}: is {_FORMAT} version {head.version}; this qmpsnap knows up to {_VERSION}",
+                hint="use the qmpsnap that wrote it, or a newer one",
+            )
         configuration = msgspec.json.decode(text, type=Configuration)
     except msgspec.DecodeError as odd:
         raise ManifestError(f"{path}: {odd}") from odd
-    if configuration.version != 1:
-        raise ManifestError(
-            f"{path}: is qmpsnap-machine version {configuration.version}; this qmpsnap knows 1"
-        )
+    if head.version == _VERSION and (gone := _gone(text, configuration)):
+        raise ManifestError(f"{path}: Object missing required field `{gone}`")
     return configuration
+
+
+def _gone(text: str | bytes, configuration: Configuration) -> str | None:
+    """The path of the first key that *text* has not, and that stands for its default."""
+    whole = msgspec.json.decode(msgspec.json.encode(configuration))
+    return next(_missing(whole, msgspec.json.decode(text), "$"), None)
+
+
+def _missing(whole: Any, there: Any, path: str) -> Iterator[str]:
+    if isinstance(whole, dict):
+        for key, value in whole.items():
+            if key not in there:
+                yield f"{path}.{key}"
+            else:
+                yield from _missing(value, there[key], f"{path}.{key}")
+    elif isinstance(whole, list):
+        for index, value in enumerate(whole):
+            yield from _missing(value, there[index], f"{path}[{index}]")

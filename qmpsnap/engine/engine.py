@@ -14,6 +14,7 @@ from qmpsnap.engine import (
     create,
     delete,
     export,
+    fitness,
     half,
     history,
     info,
@@ -142,10 +143,19 @@ class Engine:
         """
         return await verify.verify(self.roots, vm, word, self._report, trial, machine)
 
+    async def check(
+        self, vm: str, wish: restore.Restoration, word: str = listing.LATEST
+    ) -> fitness.Fitness:
+        """Whether this host can take one snapshot as *wish* says; nothing is started or written.
+
+        What is in the way comes back as rows. Raises SnapshotUnknown, HalfMissing, StoreError.
+        """
+        return await fitness.check(self.roots, vm, word, wish)
+
     async def prepare_restore(
         self, vm: str, wish: restore.Restoration, word: str = listing.LATEST
     ) -> restore.Ready:
-        """Check one snapshot and build the images for a restore; nothing is started.
+        """Check one snapshot and this host, and build the images; nothing is started.
 
         Raises DamagedData, Blocked, UsageError; nothing is left behind then.
         """

@@ -4,83 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmpsnap.engine import configuration, dependents
+from qmpsnap.engine import dependents, fitness
 from qmpsnap.engine.capture import Report
-from qmpsnap.engine.half import Pair, open_pair
-from qmpsnap.engine.listing import find
+from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.restoration import Ready as Ready
+from qmpsnap.engine.restoration import Restoration as Restoration
+from qmpsnap.engine.restoration import places, refuse_folder
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.spool import MACHINE
-from qmpsnap.errors import (
-    BaseChanged,
-    Blocked,
-    HalfMissing,
-    LocalFailed,
-    MigrationFailed,
-    MonitorLost,
-    UsageError,
-)
+from qmpsnap.errors import HalfMissing, LocalFailed, MigrationFailed, MonitorLost
 from qmpsnap.host import journal, qemu_img
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
-from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.vmstate.load import load
-from qmpsnap.ids import disk_labels
 from qmpsnap.shield import finish
-from qmpsnap.store import image as frozen
-from qmpsnap.store.manifest import Storage
-from qmpsnap.store.points import Points
-from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Restoration:
-    """How to restore. *to*: a folder that is empty or not there yet, for all that is new.
-
-    *cold*: boot from the disks, without the RAM. *standalone*: full copies instead of overlays.
-    *qmp*: where the new QEMU's monitor listens (default: qmp.sock in *to*). *qemu*: another
-    QEMU binary than the captured one. *isolated*: its network cards lead nowhere.
-    """
-
-    to: Path
-    cold: bool = False
-    standalone: bool = False
-    revision: int | None = None
-    qmp: Path | None = None
-    qemu: Path | None = None
-    isolated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Images are built, nothing runs yet: *argv* would start it."""
-
-    pair: Pair
-    wish: Restoration
-    relocated: Relocated
-    qmp: Path
-
-    @property
-    def argv(self) -> list[str]:
-        return self.relocated.cmdline.argv()
-
-    @property
-    def notices(self) -> list[str]:
-        return self.relocated.notices
-
-    @property
-    def log(self) -> Path:
-        return self.wish.to / "qemu.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +54,17 @@ class Restored:
 
 
 async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: Report) -> Ready:
-    """Check the pair and build the images. The snapshot is never written to.
+    """Check the pair and this host, and build the images. The snapshot is never written to.
 
     Raises SnapshotUnknown, HalfMissing, BaseChanged and their kin for what is on disk, Blocked
-    for a machine that cannot be brought back, UsageError for a *to* that is not empty.
+    for a machine that cannot be brought back here, UsageError for a *to* that is not empty.
     """
-    pair = await open_pair(roots, await find(roots, vm, word))
-    points = await asyncio.to_thread(read_points, roots.local, vm)
-    pair = replace(pair, storage=_revision(pair, points, wish))
-    _refuse(pair, wish)
-    await asyncio.to_thread(_unchanged, pair, points)
-    text = await pair.read(MACHINE)
-    machine = configuration.decode(text, f"{vm}/{pair.id}/{MACHINE}")
-    if not wish.cold:
-        _refuse_hotplugged(machine)
+    ready = (await fitness.assess(roots, vm, word, wish)).ready()
     await asyncio.to_thread(_make_folder, wish.to)
     try:
-        ready = _ready(pair, wish, machine)
-        await _images(pair, wish, report)
+        await _images(ready.pair, wish, report)
     except BaseException:
-        await finish(asyncio.to_thread(_unmade, pair, wish.to), within=60)
+        await finish(asyncio.to_thread(_unmade, ready.pair, wish.to), within=60)
         raise
     return ready
 
@@ -185,86 +122,10 @@ async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report:
         await quiesce.Freezer(ready.relocated.agent).thaw()
 
 
-def _revision(pair: Pair, points: Points, wish: Restoration) -> Storage:
-    """The storage that is wanted: without a word the RAM's own, or for a cold boot the newest."""
-    there = {one.storage.revision: one.storage for one in points if one.storage.id == pair.id}
-    number = wish.revision if wish.revision is not None else max(there) if wish.cold else 0
-    if number not in there:
-        known = ", ".join(map(str, sorted(there)))
-        raise Blocked(f"{pair.vm} {pair.id} has no revision {number}; there are: {known}")
-    return there[number]
-
-
-def _refuse(pair: Pair, wish: Restoration) -> None:
-    if pair.manifest.ram.mode == "none" and not wish.cold:
-        raise Blocked(f"{pair.vm} {pair.id} was taken without RAM", hint="`--cold` boots its disks")
-    if pair.storage.revision and not wish.cold:
-        raise Blocked(
-            f"the RAM of {pair.vm} {pair.id} is of the instant of revision 0: with the disks of "
-            f"revision {pair.storage.revision} its file systems would be destroyed",
-            hint="`--cold` boots that revision; without --revision the RAM comes back",
-        )
-
-
-def _refuse_hotplugged(machine: configuration.Configuration) -> None:
-    if strange := [*machine.hotplugged, *machine.unplugged]:
-        raise Blocked(
-            f"devices were plugged or unplugged at run time: {', '.join(strange)}; "
-            "their state cannot be loaded into a machine of the command line",
-            hint="`--cold` boots the disks",
-        )
-
-
-def _unchanged(pair: Pair, points: Points) -> None:
-    point = points.by_name.get(pair.storage.point)
-    for disk in pair.storage.disks:
-        for one in points.images(point, disk.label) if point else disk.chain:
-            if difference := frozen.changed(one):
-                raise BaseChanged(f"disk {disk.device} of {pair.vm} {pair.id}: {difference}")
-
-
-def _ready(pair: Pair, wish: Restoration, machine: configuration.Configuration) -> Ready:
-    line, cwd = machine.command_line()
-    qmp = wish.qmp or wish.to / "qmp.sock"
-    relocated = relocate(
-        line,
-        cwd=cwd,
-        into=wish.to,
-        machine_type=machine.machine_type,
-        disks=_places(pair, wish.to),
-        incoming=not wish.cold,
-        paused=False,
-        qmp=qmp,
-        isolated=wish.isolated,
-    )
-    binary = wish.qemu or Path(relocated.cmdline.binary)
-    if not binary.exists():
-        found = shutil.which(binary.name)
-        if found is None:
-            raise Blocked(f"the QEMU of the snapshot, {binary}, is not on this host")
-        binary = Path(found)
-    cmdline = type(relocated.cmdline)(str(binary), relocated.cmdline.options)
-    return Ready(
-        pair,
-        wish,
-        Relocated(cmdline, relocated.notices, relocated.moved, relocated.agent),
-        qmp,
-    )
-
-
-def _places(pair: Pair, to: Path) -> Mapping[str, Path]:
-    """Each disk's new image by its name on the command line."""
-    places = {disk.origin: to / f"{disk.label}.qcow2" for disk in pair.storage.disks}
-    empty = [left for left in pair.storage.left_out if left.virtual_size_bytes is not None]
-    for left, label in zip(empty, disk_labels([left.device for left in empty]), strict=True):
-        places[left.origin] = to / f"{label}.empty.qcow2"
-    return places
-
-
 async def _images(pair: Pair, wish: Restoration, report: Report) -> None:
-    places = _places(pair, wish.to)
+    where = places(pair, wish.to)
     if not wish.standalone:
-        images = [str(places[disk.origin]) for disk in pair.storage.disks]
+        images = [str(where[disk.origin]) for disk in pair.storage.disks]
         note = dependents.Dependent(folder=str(wish.to), images=images)
         await asyncio.to_thread(dependents.note, pair.roots.local, pair.vm, pair.id, note)
         # `delete` writes down what it will do before it looks for dependents, as we do before we
@@ -273,7 +134,7 @@ async def _images(pair: Pair, wish: Restoration, report: Report) -> None:
         if any(one.id == pair.id for one in owed):
             raise HalfMissing(f"{pair.vm} {pair.id} is being deleted")
     for disk in pair.storage.disks:
-        top, place = disk.chain[0], places[disk.origin]
+        top, place = disk.chain[0], where[disk.origin]
         if not wish.standalone:
             await qemu_img.create_overlay(
                 place, Path(top.path), top.format, disk.virtual_size_bytes
@@ -286,17 +147,16 @@ async def _images(pair: Pair, wish: Restoration, report: Report) -> None:
         await qemu_img.convert(Path(top.path), top.format, place, "qcow2", tell)
     for left in pair.storage.left_out:
         if left.virtual_size_bytes is not None:
-            await qemu_img.create(places[left.origin], left.virtual_size_bytes)
+            await qemu_img.create(where[left.origin], left.virtual_size_bytes)
             log.warning("disk %s was left out (%s): it is empty", left.device, left.reason)
 
 
 def _make_folder(to: Path) -> None:
     try:
         to.mkdir(0o700, parents=True, exist_ok=True)
-        if any(to.iterdir()):
-            raise UsageError(f"{to} is not empty")
     except OSError as failed:
         raise LocalFailed(f"{to}: {failed.strerror}") from failed
+    refuse_folder(to)
 
 
 def _unmade(pair: Pair, to: Path) -> None:

@@ -17,6 +17,11 @@ _RESERVE, _RESERVE_OF_THE_GUEST = 16 << 20, 256 << 20
 _WRITES, _WRITES_OF_A_DISK = 256 << 20, 20
 
 
+def growth(size: int) -> int:
+    """The bytes that have to be free for what a guest writes to a disk of *size* bytes."""
+    return min(size, max(_WRITES, size // _WRITES_OF_A_DISK))
+
+
 def reserve(disk: PlannedDisk, folder: Path) -> int:
     """The bytes that a copy of *disk* into *folder* leaves free there. Raises OSError."""
     shared = folder.stat().st_dev == _beside(disk).stat().st_dev
@@ -49,7 +54,7 @@ def expect(disks: Sequence[PlannedDisk], folder: Path) -> None:
 def _guests(disk: PlannedDisk, sharing: list[PlannedDisk]) -> None:
     folder = _beside(disk)
     sizes = [one.site.disk.top.virtual_size for one in sharing]
-    needed = sum(min(size, max(_WRITES, size // _WRITES_OF_A_DISK)) for size in sizes)
+    needed = sum(map(growth, sizes))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise Blocked(

@@ -52,11 +52,7 @@ class _Hierarchy:
 
 def usage(pid: int, *, proc: Path = _PROC) -> CgroupUsage:
     """The groups of process *pid*, v1, v2 or both. Raises LocalFailed when it is gone."""
-    groups = groups_of(pid, proc=proc)
-    try:
-        table = (proc / "self" / "mountinfo").read_text()
-    except OSError as failed:
-        raise LocalFailed(f"the mount table cannot be read: {failed.strerror}") from failed
+    groups, table = groups_of(pid, proc=proc), _table(proc)
     mounted = set(_mounts(table))
     found = _hierarchies(table, groups)
     folders = {name: one.folder for one in found for name in one.controllers}
@@ -78,6 +74,19 @@ def groups_of(pid: int, *, proc: Path = _PROC) -> dict[str, str]:
     # `4:memory:/machine` and `0::/machine`; v1 controllers mounted together share a line
     fields = [line.split(":", 2) for line in text.splitlines()]
     return {name: path for _, names, path in fields for name in names.split(",")}
+
+
+def folders_of(pid: int, *, proc: Path = _PROC) -> dict[str, Path]:
+    """Where the groups of process *pid* lie, by controller ("" for v2). Raises LocalFailed."""
+    found = _hierarchies(_table(proc), groups_of(pid, proc=proc))
+    return {name: one.folder for one in found for name in one.controllers}
+
+
+def _table(proc: Path) -> str:
+    try:
+        return (proc / "self" / "mountinfo").read_text()
+    except OSError as failed:
+        raise LocalFailed(f"the mount table cannot be read: {failed.strerror}") from failed
 
 
 def _mounts(table: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

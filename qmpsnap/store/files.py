@@ -192,12 +192,17 @@ def expect(
     path: Path, entry: FileEntry, *, side: Side, on_progress: Progress | None = None
 ) -> None:
     """Raises DigestMismatch when *path* is not the file that *entry* describes, and *side*."""
+    expect_size(path, entry, side=side)
+    if digest_file(path, side=side, on_progress=on_progress) != (entry.bytes, entry.blake3):
+        raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
+
+
+def expect_size(path: Path, entry: FileEntry, *, side: Side) -> None:
+    """As `expect`, without a look at the content."""
     with opened(path, side) as descriptor:
         size = os.fstat(descriptor).st_size
     if size != entry.bytes:
         raise DigestMismatch(f"{path}: has {size} bytes, not {entry.bytes}")
-    if digest_file(path, side=side, on_progress=on_progress) != (entry.bytes, entry.blake3):
-        raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
 
 
 def copy_verified(

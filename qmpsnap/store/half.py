@@ -29,6 +29,7 @@ from qmpsnap.store.files import (
     copy_verified,
     digest_bytes,
     expect,
+    expect_size,
     make_folders,
     partial,
     publish,
@@ -92,7 +93,7 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
 
 
 def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wire.Problem]:
-    """Read all of a store half, and name each file that is not as it was sealed."""
+    """Look at all of a store half, and name each file that is not as it was sealed."""
     folder = root.snapshot(request.vm, request.id)
     try:
         _, manifest = _sealed(root, request)
@@ -101,7 +102,11 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     problems = []
     for entry in manifest.files:
         try:
-            expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
+            path = _path(root, request, entry)
+            if request.contents:
+                expect(path, entry, side=StoreError, on_progress=progress)
+            else:
+                expect_size(path, entry, side=StoreError)
         except (DamagedData, StoreError) as failed:
             problems.append(wire.Problem(file=entry.name, what=str(failed)))
     listed = {MANIFEST, *(entry.name for entry in manifest.files)}

@@ -73,13 +73,22 @@ class Store:
         return await self._ask(request, wire.Shipped, on_progress)
 
     async def verify(
-        self, vm: str, id: Id, *, seal: str | None = None, on_progress: Progress | None = None
+        self,
+        vm: str,
+        id: Id,
+        *,
+        seal: str | None = None,
+        contents: bool = True,
+        on_progress: Progress | None = None,
     ) -> list[wire.Problem]:
         """Read a whole store half; what is wrong with it, nothing if all is well.
 
-        *seal* here and below is the digest of the manifest that the local half names.
+        *seal* here and below is the digest of the manifest that the local half names. Without
+        *contents* only the names and the sizes of its files are looked at.
         """
-        request = wire.Verify(root=self._root(vm, id), vm=vm, id=str(id), seal=seal)
+        request = wire.Verify(
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, contents=contents
+        )
         return await self._ask(request, list[wire.Problem], on_progress)
 
     async def read(self, vm: str, id: Id, name: str, *, seal: str | None = None) -> str:

@@ -53,7 +53,9 @@ class Sealed(Half, frozen=True, kw_only=True):
 
 
 class Verify(Sealed, frozen=True, kw_only=True):
-    pass
+    """*contents*: read the files, too, and not only what the folder says of them."""
+
+    contents: bool = True
 
 
 class Read(Sealed, frozen=True, kw_only=True):

@@ -33,13 +33,17 @@ QMP_ID = "qmpsnap-qmp"
 class Relocated:
     """A command line that shares nothing with the original's, and what was decided for it.
 
-    *moved* has the new path of each file and socket by its old, absolute one.
+    *moved* has the new path of each file and socket by its old, absolute one. *reads* are the
+    files and folders of the host that stay where they are, *roms* the firmware that QEMU looks for
+    in its own folders.
     """
 
     cmdline: CommandLine
     notices: list[str]
     moved: dict[str, str]
     agent: Path | None
+    reads: tuple[str, ...] = ()
+    roms: tuple[str, ...] = ()
 
 
 def relocate(
@@ -77,7 +81,14 @@ def relocate(
     new = line.replace(lambda index, option: rules[option.name](scene, index, option))
     new = _with_machine(new, line, machine_type)
     new = new.append(*_ending(scene, new, incoming, paused), *wires.unspoken(scene), *control(qmp))
-    return Relocated(new, scene.notices, scene.moved, _moved_agent(new))
+    return Relocated(
+        new,
+        scene.notices,
+        scene.moved,
+        _moved_agent(new),
+        tuple(dict.fromkeys(scene.reads)),
+        tuple(dict.fromkeys(scene.roms)),
+    )
 
 
 def control(qmp: Path) -> tuple[Option, Option]:
@@ -169,7 +180,7 @@ RULES: dict[str, Rule] = {
                      "jitdump", "perfmap"), _leave_out),
     **dict.fromkeys(("snapshot", "add-fd", "xen-domid", "xen-attach", "xen-domid-restrict", "h",
                      "help", "version", "audio-help"), _block),
-    **dict.fromkeys(("kernel", "initrd", "shim", "dtb", "L", "mem-path"), parts.path),
+    **dict.fromkeys(("kernel", "initrd", "shim", "dtb", "L"), parts.path),
     **dict.fromkeys(("smbios", "acpitable", "fw_cfg", "plugin", "trace", "option-rom"),
                     parts.fields_with_paths),
     **dict.fromkeys(("pidfile", "D"), parts.written),
@@ -178,6 +189,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("fsdev", "virtfs"), parts.shared_folder),
     **dict.fromkeys(("audio", "audiodev"), wires.sound),
     **dict.fromkeys(DRIVES, images.drive),
+    "mem-path": parts.memory_path,
     "bios": parts.rom, "chardev": characters.chardev, "device": parts.device,
     "display": wires.display, "icount": parts.clock, "mon": characters.mon,
     "monitor": characters.monitor, "object": parts.object_, "run-with": parts.process,

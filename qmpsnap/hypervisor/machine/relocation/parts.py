@@ -60,7 +60,9 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         return []
     if kind == "memory-backend-file" and fields.on("share") and not fields.on("readonly"):
         raise Blocked(f"{name}: share=on would write into the original's memory")
-    for key in ("mem-path", "dir", "filename", "path"):
+    if path := fields.get("mem-path"):
+        fields = fields.set("mem-path", scene.made(path))
+    for key in ("dir", "filename", "path"):
         if path := fields.get(key):
             fields = fields.set(key, scene.absolute(path))
     if (file := fields.get("file")) is not None:
@@ -96,6 +98,11 @@ def path(scene: Scene, _index: int, option: Option) -> list[Option]:
     return [Option(option.name, scene.absolute(option.value or ""))]
 
 
+def memory_path(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-mem-path: a folder, or a file that is made if need be."""
+    return [Option(option.name, scene.made(option.value or ""))]
+
+
 def rom(scene: Scene, _index: int, option: Option) -> list[Option]:
     """An option that is the name of a firmware file."""
     return [Option(option.name, scene.rom(option.value or ""))]
@@ -105,6 +112,8 @@ def fields_with_paths(scene: Scene, _index: int, option: Option) -> list[Option]
     """An option some of whose fields name files which are read."""
     before = after = fields_of(option)
     for key in ("file", "path", "events", "data"):
+        if option.name == "trace" and key == "file":
+            continue  # the log, which is written
         if names := before.get(key):
             # -acpitable takes several, with colons between them
             parts = names.split(":") if option.name == "acpitable" else [names]

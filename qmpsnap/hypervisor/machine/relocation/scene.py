@@ -20,6 +20,8 @@ class Scene:
     """One relocation at work: where from, where to, and what was decided on the way.
 
     *isolated*: no packet leaves the machine. *incoming*: a captured state will be loaded into it.
+    *reads*: files and folders of this host that the machine opens where they are. *roms*: firmware
+    that QEMU finds in a folder of its own.
     """
 
     line: CommandLine
@@ -32,14 +34,27 @@ class Scene:
     moved: dict[str, str] = field(default_factory=dict)
     isolated: bool = False
     incoming: bool = False
+    reads: list[str] = field(default_factory=list)
+    roms: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         if text not in self.notices:
             self.notices.append(text)
 
     def absolute(self, path: str) -> str:
-        """*path* as the original meant it, whatever directory we start in."""
-        return os.path.normpath(self.cwd / path) if path else path
+        """*path*, which is read, as the original meant it, whatever directory we start in."""
+        if not path:
+            return path
+        self.reads.append(self._spelled(path))
+        return self._spelled(path)
+
+    def made(self, path: str) -> str:
+        """As `absolute`, for what QEMU makes when it is not there."""
+        self.reads.append(str(Path(self._spelled(path)).parent))
+        return self._spelled(path)
+
+    def _spelled(self, path: str) -> str:
+        return os.path.normpath(self.cwd / path)
 
     def image(self, name: str) -> str:
         """A block file name, absolute; one with a protocol (nbd:...) stays as it is."""
@@ -52,11 +67,14 @@ class Scene:
 
     def rom(self, name: str) -> str:
         """A firmware file: QEMU looks in its working directory first, then in its own folders."""
-        return self.absolute(name) if "/" in name or (self.cwd / name).exists() else name
+        if "/" in name or (self.cwd / name).exists():
+            return self.absolute(name)
+        self.roms.append(name)
+        return name
 
     def move(self, path: str, *, to: Path | None = None) -> str:
         """The new place of a file that the machine writes: under `into`, or *to*."""
-        old = self.absolute(path)
+        old = self._spelled(path)
         if old not in self.moved:
             self.moved[old] = str(to) if to else self.fresh(Path(old).name)
         return self.moved[old]

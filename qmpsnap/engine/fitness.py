@@ -1,0 +1,248 @@
+"""`restore --check`: whether this snapshot can come back on this host, before anything starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from qmpsnap.engine import configuration, here, restoration
+from qmpsnap.engine.comparison import Captured, Row, compare
+from qmpsnap.engine.half import Pair, open_pair
+from qmpsnap.engine.listing import find
+from qmpsnap.engine.restoration import Ready, Restoration
+from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.spool import MACHINE, USAGE
+from qmpsnap.errors import (
+    Blocked,
+    DamagedData,
+    LocalFailed,
+    ManifestError,
+    Refused,
+    SnapError,
+    UsageError,
+)
+from qmpsnap.store import files
+from qmpsnap.store.manifest import Image
+from qmpsnap.store.points import Points
+from qmpsnap.store.points import read as read_points
+from qmpsnap.units import in_bytes
+
+T = TypeVar("T")
+
+
+class Fitness(msgspec.Struct, frozen=True, kw_only=True):
+    """What `restore --check` says. *fits*: nothing blocks. *notices*: what the restored machine
+    will not have as the captured one had it. *qemu*: the binary that would be started.
+    """
+
+    id: str
+    vm: str
+    revision: int
+    cold: bool
+    standalone: bool
+    to: str
+    qemu: str | None
+    fits: bool
+    rows: list[Row]
+    notices: list[str]
+
+
+class _Process(msgspec.Struct, frozen=True):
+    rss_bytes: int | None
+    swap_bytes: int | None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    """What a restore reads of `usage.json`."""
+
+    process: _Process | None
+
+
+@dataclass(slots=True)
+class Assessed:
+    """The rows, and what raised those that were refusals of their own."""
+
+    pair: Pair
+    wish: Restoration
+    rows: list[Row] = field(default_factory=list)
+    errors: list[SnapError] = field(default_factory=list)
+    _ready: Ready | None = None
+
+    def shown(self) -> Fitness:
+        ready = self._ready
+        return Fitness(
+            id=self.pair.id,
+            vm=self.pair.vm,
+            revision=self.pair.storage.revision,
+            cold=self.wish.cold,
+            standalone=self.wish.standalone,
+            to=str(self.wish.to),
+            qemu=ready.relocated.cmdline.binary if ready else None,
+            fits=not self.blocking,
+            rows=self.rows,
+            notices=ready.notices if ready else [],
+        )
+
+    def ready(self) -> Ready:
+        """What may be started. Raises the first error, or Blocked with all that blocks."""
+        if self.errors:
+            raise self.errors[0]
+        if self.blocking or self._ready is None:
+            told = "; ".join(f"{row.what}: {row.why}" for row in self.blocking)
+            raise Blocked(
+                f"{self.pair.vm} {self.pair.id} cannot come back here: {told}",
+                hint="`qmpsnap restore --check` shows all that was compared",
+            )
+        warnings = [f"{row.what}: {row.why}" for row in self.rows if row.verdict == "differs"]
+        return replace(self._ready, warnings=warnings)
+
+    @property
+    def blocking(self) -> list[Row]:
+        return [row for row in self.rows if row.verdict == "blocks"]
+
+    @contextmanager
+    def row(self, what: str, captured: str, here: str = "as it was") -> Iterator[None]:
+        """A row that is ok, or blocks with what the body raises."""
+        try:
+            yield
+        except (Refused, DamagedData, LocalFailed, UsageError) as odd:
+            self.errors.append(odd)
+            blocked = Row(what=what, captured=captured, here="-", verdict="blocks", why=str(odd))
+            self.rows.append(blocked)
+        else:
+            self.rows.append(Row(what=what, captured=captured, here=here, verdict="ok"))
+
+    def differs(self, what: str, why: str) -> None:
+        self.rows.append(Row(what=what, captured="-", here="-", verdict="differs", why=why))
+
+
+async def check(roots: Roots, vm: str, word: str, wish: Restoration) -> Fitness:
+    """What a restore would find; nothing is started and nothing is written.
+
+    Raises SnapshotUnknown, HalfMissing and their kin for what is no whole pair, StoreError.
+    """
+    return (await assess(roots, vm, word, wish)).shown()
+
+
+async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assessed:
+    """As `check`, with what a restore goes on with."""
+    pair = await open_pair(roots, await find(roots, vm, word))
+    points = await asyncio.to_thread(read_points, roots.local, vm)
+    found = Assessed(pair, wish)
+    with found.row("revision", str(pair.storage.revision), "there"):
+        pair = replace(pair, storage=restoration.storage_of(pair, points, wish))
+        found.pair = pair
+    with found.row("state", "RAM" if pair.manifest.ram.file else "disks", _how(wish)):
+        restoration.refuse_mode(pair, wish)
+    chains = await asyncio.to_thread(_chains, found, points)
+    with found.row("folder", "-", str(wish.to)):
+        await asyncio.to_thread(restoration.refuse_folder, wish.to)
+    wrong, machine_text, usage_text = await asyncio.gather(
+        _wrong(pair), pair.read(MACHINE), pair.read(USAGE), return_exceptions=True
+    )
+    _files(found, _had(wrong))
+    machine = None
+    with found.row(MACHINE, pair.manifest.qemu_version, "can be read"):
+        machine = configuration.decode(_had(machine_text), str(Path(vm, pair.id, MACHINE)))
+    used = None
+    try:
+        used = _used(_had(usage_text))
+    except (DamagedData, LocalFailed) as odd:  # a restore can do without
+        found.differs(USAGE, str(odd))
+    if machine is not None:
+        await _compared(found, machine, used, chains)
+    return found
+
+
+async def _compared(
+    found: Assessed,
+    machine: configuration.Configuration,
+    used: int | None,
+    chains: Sequence[Sequence[Image]],
+) -> None:
+    pair, wish = found.pair, found.wish
+    strange = ", ".join([*machine.hotplugged, *machine.unplugged])
+    with found.row("hotplug", strange or "none", "left out" if strange else "none"):
+        restoration.refuse_hotplugged(machine, wish)
+    ready: Ready | None = None
+    with found.row("command line", f"{len(machine.options or [])} options", "can be moved"):
+        ready = restoration.ready(pair, wish, machine)
+    if ready is None:
+        return
+    found._ready = ready
+    facts = await here.look(ready, chains)
+    found.rows += compare(Captured(machine, ready, used, pair.manifest.host), facts)
+
+
+def _how(wish: Restoration) -> str:
+    return "booted from its disks" if wish.cold else "goes on with its RAM"
+
+
+def _chains(found: Assessed, points: Points) -> list[list[Image]]:
+    chains = []
+    for disk in found.pair.storage.disks:
+        with found.row(f"disk {disk.device}", disk.level):
+            restoration.refuse_changed(found.pair, points, disk)
+            chains.append(restoration.images(found.pair, points, disk))
+    return chains
+
+
+def _had(answer: T | BaseException) -> T:
+    """What was asked for, or raised."""
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+async def _wrong(pair: Pair) -> dict[str, str]:
+    """Files of the store half that are gone or of another size, and why: a glance at each.
+
+    Their digests are looked at when they are read.
+    """
+    if pair.spooled:
+        return await asyncio.to_thread(_wrong_in_the_spool, pair)
+    problems = await pair.roots.store.verify(pair.vm, pair.id, seal=pair.seal, contents=False)
+    return {one.file: one.what for one in problems}
+
+
+def _wrong_in_the_spool(pair: Pair) -> dict[str, str]:
+    wrong = {}
+    for entry in pair.manifest.files:
+        path = pair.roots.local.spool(pair.vm, pair.id) / entry.name
+        try:
+            files.expect_size(path, entry, side=LocalFailed)
+        except (DamagedData, LocalFailed) as odd:
+            wrong[entry.name] = str(odd)
+    return wrong
+
+
+def _files(found: Assessed, wrong: Mapping[str, str]) -> None:
+    manifest = found.pair.manifest
+    for entry in manifest.files:
+        if entry.name in (MACHINE, USAGE):
+            continue  # they are read, and told then
+        ram = entry.name == manifest.ram.file
+        size = in_bytes(entry.bytes)
+        if entry.name in wrong and not (ram and not found.wish.cold):
+            found.differs(entry.name, wrong[entry.name])
+            continue
+        with found.row("vmstate" if ram else entry.name, size, size):
+            if entry.name in wrong:
+                raise DamagedData(wrong[entry.name])
+
+
+def _used(text: str) -> int | None:
+    """Bytes of memory that the VM's process held. Raises ManifestError."""
+    try:
+        process = msgspec.json.decode(text, type=_Usage).process
+    except msgspec.DecodeError as odd:
+        raise ManifestError(f"{USAGE}: {odd}") from odd
+    if process is None or process.rss_bytes is None:
+        return None
+    return process.rss_bytes + (process.swap_bytes or 0)

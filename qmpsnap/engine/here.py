@@ -1,0 +1,120 @@
+"""This host, as a restore would find it: the only place that gathers what is compared."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmpsnap.engine.restoration import Ready
+from qmpsnap.engine.roots import host_id
+from qmpsnap.errors import Blocked
+from qmpsnap.host import filesystem, headroom
+from qmpsnap.host.headroom import Headroom
+from qmpsnap.hypervisor.machine import binary
+from qmpsnap.hypervisor.machine.binary import Binary
+from qmpsnap.store.manifest import Image
+
+NODES = ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock")
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Facts of this host; sizes in bytes.
+
+    *troubles*: why a device node, or a file that the machine opens, cannot be opened; what is not
+    in it, can. *tap_trouble*: why we cannot make a tap. *copied_bytes* is what the images take
+    that a standalone restore copies. *binary* is None for a QEMU that does not run:
+    *binary_trouble*.
+    """
+
+    id: str
+    binary: Binary | None
+    binary_trouble: str
+    headroom: Headroom
+    free_bytes: int
+    troubles: Mapping[str, str]
+    tap_trouble: str
+    interfaces: frozenset[str]
+    copied_bytes: int
+
+
+async def look(ready: Ready, chains: Sequence[Sequence[Image]]) -> Here:
+    """Now, for the machine *ready* on the images *chains*; nothing is changed.
+
+    Raises LocalFailed when this host does not tell.
+    """
+    known, trouble = None, ""
+    looking = asyncio.create_task(asyncio.to_thread(_looked, ready, chains))
+    try:
+        known = await binary.ask(Path(ready.relocated.cmdline.binary))
+    except Blocked as refused:
+        trouble = str(refused)
+    finally:
+        # the thread is short: it ends before whoever waits for us goes on
+        seen = await looking
+    roms = () if known is None else known.folders
+    return Here(
+        id=host_id(),
+        binary=known,
+        binary_trouble=trouble,
+        headroom=seen.headroom,
+        free_bytes=seen.free_bytes,
+        troubles=seen.troubles | _roms(ready, roms),
+        tap_trouble=seen.tap_trouble,
+        interfaces=seen.interfaces,
+        copied_bytes=seen.copied_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    headroom: Headroom
+    free_bytes: int
+    troubles: dict[str, str]
+    tap_trouble: str
+    interfaces: frozenset[str]
+    copied_bytes: int
+
+
+def _looked(ready: Ready, chains: Sequence[Sequence[Image]]) -> _Seen:
+    nodes = {node: headroom.node_trouble(Path(node)) for node in NODES}
+    files = {path: _trouble(Path(path)) for path in ready.relocated.reads}
+    return _Seen(
+        headroom=headroom.look(),
+        free_bytes=filesystem.examine(ready.wish.to).free_bytes,
+        troubles={path: why for path, why in (nodes | files).items() if why},
+        tap_trouble=headroom.tap_trouble(),
+        interfaces=headroom.interfaces(),
+        copied_bytes=sum(map(_copied, chains)),
+    )
+
+
+def _copied(chain: Sequence[Image]) -> int:
+    """The most that a copy of the disk *chain* can take."""
+    taken = 0
+    for one in chain:
+        try:
+            taken += Path(one.path).stat().st_blocks * 512
+        except OSError:
+            taken += one.file_bytes  # that it is missing is told elsewhere
+    return min(taken, chain[0].virtual_size_bytes) if chain else 0
+
+
+def _trouble(path: Path) -> str:
+    if not os.path.lexists(path):
+        return "is missing"
+    if not path.exists():
+        return "is a link to nothing"
+    wanted = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    return "" if os.access(path, wanted, effective_ids=True) else "cannot be read"
+
+
+def _roms(ready: Ready, folders: Iterable[Path]) -> dict[str, str]:
+    own = [Path(option.value or "") for option in ready.relocated.cmdline.all("L")]
+    places = [*own, *folders]
+    there = {name for name in ready.relocated.roms for one in places if (one / name).exists()}
+    missing = set(ready.relocated.roms) - there
+    return dict.fromkeys(missing, "is in none of QEMU's folders")
