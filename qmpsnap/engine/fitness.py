@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from qmpsnap.engine import configuration, here, restoration
 from qmpsnap.engine.comparison import Captured, Row, compare
-from qmpsnap.engine.half import Pair, open_pair
+from qmpsnap.engine.half import Glanced, Pair, open_pair
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
@@ -27,13 +26,10 @@ from qmpsnap.errors import (
     SnapError,
     UsageError,
 )
-from qmpsnap.store import files
 from qmpsnap.store.manifest import Image
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 from qmpsnap.units import in_bytes
-
-T = TypeVar("T")
 
 
 class Fitness(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,16 +139,14 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     chains = await asyncio.to_thread(_chains, found, points)
     with found.row("folder", "-", str(wish.to)):
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
-    wrong, machine_text, usage_text = await asyncio.gather(
-        _wrong(pair), pair.read(MACHINE), pair.read(USAGE), return_exceptions=True
-    )
-    _files(found, _had(wrong))
+    seen = await pair.glance(MACHINE, USAGE)
+    _files(found, seen)
     machine = None
     with found.row(MACHINE, pair.manifest.qemu_version, "can be read"):
-        machine = configuration.decode(_had(machine_text), str(Path(vm, pair.id, MACHINE)))
+        machine = configuration.decode(seen.text(MACHINE), str(Path(vm, pair.id, MACHINE)))
     used = None
     try:
-        used = _used(_had(usage_text))
+        used = _used(seen.text(USAGE))
     except (DamagedData, LocalFailed) as odd:  # a restore can do without
         found.differs(USAGE, str(odd))
     if machine is not None:
@@ -193,48 +187,19 @@ def _chains(found: Assessed, points: Points) -> list[list[Image]]:
     return chains
 
 
-def _had(answer: T | BaseException) -> T:
-    """What was asked for, or raised."""
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
-
-
-async def _wrong(pair: Pair) -> dict[str, str]:
-    """Files of the store half that are gone or of another size, and why: a glance at each.
-
-    Their digests are looked at when they are read.
-    """
-    if pair.spooled:
-        return await asyncio.to_thread(_wrong_in_the_spool, pair)
-    problems = await pair.roots.store.verify(pair.vm, pair.id, seal=pair.seal, contents=False)
-    return {one.file: one.what for one in problems}
-
-
-def _wrong_in_the_spool(pair: Pair) -> dict[str, str]:
-    wrong = {}
-    for entry in pair.manifest.files:
-        path = pair.roots.local.spool(pair.vm, pair.id) / entry.name
-        try:
-            files.expect_size(path, entry, side=LocalFailed)
-        except (DamagedData, LocalFailed) as odd:
-            wrong[entry.name] = str(odd)
-    return wrong
-
-
-def _files(found: Assessed, wrong: Mapping[str, str]) -> None:
+def _files(found: Assessed, seen: Glanced) -> None:
     manifest = found.pair.manifest
     for entry in manifest.files:
         if entry.name in (MACHINE, USAGE):
             continue  # they are read, and told then
         ram = entry.name == manifest.ram.file
         size = in_bytes(entry.bytes)
-        if entry.name in wrong and not (ram and not found.wish.cold):
-            found.differs(entry.name, wrong[entry.name])
+        if entry.name in seen.wrong and not (ram and not found.wish.cold):
+            found.differs(entry.name, str(seen.wrong[entry.name]))
             continue
         with found.row("vmstate" if ram else entry.name, size, size):
-            if entry.name in wrong:
-                raise DamagedData(wrong[entry.name])
+            if entry.name in seen.wrong:
+                raise seen.wrong[entry.name]
 
 
 def _used(text: str) -> int | None:

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import DigestMismatch, HalfMissing, LocalFailed
+from qmpsnap.errors import DamagedData, DigestMismatch, HalfMissing, LocalFailed, SnapError
 from qmpsnap.store import files, local, pack
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
+from qmpsnap.store.wire import error
+
+
+@dataclass(frozen=True, slots=True)
+class Glanced:
+    """The files of a store half at a glance: *texts* that were asked for, what is *wrong*."""
+
+    texts: dict[str, str]
+    wrong: dict[str, SnapError]
+
+    def text(self, name: str) -> str:
+        """Raises what is wrong with it, HalfMissing when no such file is listed."""
+        if name in self.wrong:
+            raise self.wrong[name]
+        if name not in self.texts:
+            raise HalfMissing(f"the manifest lists no {name}")
+        return self.texts[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +53,31 @@ class Pair:
         path, entry = self.roots.local.spool(self.vm, self.id) / name, self._entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
         return (await asyncio.to_thread(files.read_small, path, side=LocalFailed)).decode()
+
+    async def glance(self, *names: str) -> Glanced:
+        """The texts of the small files *names*, and whether all others are there.
+
+        Raises DamagedData for the manifest, StoreError, LocalFailed.
+        """
+        if self.spooled:
+            return await asyncio.to_thread(self._glance, names)
+        seen = await self.roots.store.glance(self.vm, self.id, names, seal=self.seal)
+        wrong: dict[str, SnapError] = {name: error(one) for name, one in seen.troubles.items()}
+        return Glanced(seen.texts, wrong)
+
+    def _glance(self, names: Sequence[str]) -> Glanced:
+        found = Glanced({}, {})
+        for entry in self.manifest.files:
+            path = self.roots.local.spool(self.vm, self.id) / entry.name
+            try:
+                if entry.name not in names:
+                    files.expect_size(path, entry, side=LocalFailed)
+                    continue
+                files.expect(path, entry, side=LocalFailed)
+                found.texts[entry.name] = files.read_small(path, side=LocalFailed).decode()
+            except (DamagedData, LocalFailed) as odd:
+                found.wrong[entry.name] = odd
+        return found
 
     async def load(self, fd: int, report: Report) -> None:
         """Write the vmstate, checked and unpacked, into *fd*.

@@ -46,23 +46,24 @@ async def look(ready: Ready, chains: Sequence[Sequence[Image]]) -> Here:
 
     Raises LocalFailed when this host does not tell.
     """
-    known, trouble = None, ""
+    known, trouble, folders = None, "", []
+    path = Path(ready.relocated.cmdline.binary)
     looking = asyncio.create_task(asyncio.to_thread(_looked, ready, chains))
     try:
-        known = await binary.ask(Path(ready.relocated.cmdline.binary))
+        known = await binary.ask(path)
+        folders = await binary.folders(path) if ready.relocated.roms else []
     except Blocked as refused:
         trouble = str(refused)
     finally:
         # the thread is short: it ends before whoever waits for us goes on
         seen = await looking
-    roms = () if known is None else known.folders
     return Here(
         id=host_id(),
         binary=known,
         binary_trouble=trouble,
         headroom=seen.headroom,
         free_bytes=seen.free_bytes,
-        troubles=seen.troubles | _roms(ready, roms),
+        troubles=seen.troubles | _roms(ready, folders),
         tap_trouble=seen.tap_trouble,
         interfaces=seen.interfaces,
         copied_bytes=seen.copied_bytes,

@@ -93,7 +93,7 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
 
 
 def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wire.Problem]:
-    """Look at all of a store half, and name each file that is not as it was sealed."""
+    """Read all of a store half, and name each file that is not as it was sealed."""
     folder = root.snapshot(request.vm, request.id)
     try:
         _, manifest = _sealed(root, request)
@@ -102,11 +102,7 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     problems = []
     for entry in manifest.files:
         try:
-            path = _path(root, request, entry)
-            if request.contents:
-                expect(path, entry, side=StoreError, on_progress=progress)
-            else:
-                expect_size(path, entry, side=StoreError)
+            expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
         except (DamagedData, StoreError) as failed:
             problems.append(wire.Problem(file=entry.name, what=str(failed)))
     listed = {MANIFEST, *(entry.name for entry in manifest.files)}
@@ -114,18 +110,40 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
 
 
+def glance(root: StoreRoot, request: wire.Glance) -> wire.Glanced:
+    """The small files that are wanted, and whether all others are there, of the right size.
+
+    Raises StoreError, DamagedData for the manifest.
+    """
+    _, manifest = _sealed(root, request)
+    texts, troubles = {}, {}
+    for entry in manifest.files:
+        try:
+            path = _path(root, request, entry)
+            if entry.name in request.texts:
+                texts[entry.name] = _text(path, entry)
+            else:
+                expect_size(path, entry, side=StoreError)
+        except (DamagedData, StoreError) as failed:
+            troubles[entry.name] = wire.trouble(failed)
+    return wire.Glanced(texts=texts, troubles=troubles)
+
+
 def read(root: StoreRoot, request: wire.Read) -> str:
     """The text of a small file, checked. Raises StoreError, DamagedData."""
     content, manifest = _sealed(root, request)
-    path = root.manifest(request.vm, request.id)
-    if request.name != MANIFEST:
-        entry = _entry(manifest, request.name)
-        path = _path(root, request, entry)
-        if entry.bytes > _SMALL:
-            raise StoreError(f"{path}: too large to be read at once ({entry.bytes} bytes)")
-        content = read_small(path, side=StoreError, limit=entry.bytes + 1)
-        if (len(content), digest_bytes(content)) != (entry.bytes, entry.blake3):
-            raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
+    if request.name == MANIFEST:
+        return content.decode()  # it was JSON
+    entry = _entry(manifest, request.name)
+    return _text(_path(root, request, entry), entry)
+
+
+def _text(path: Path, entry: FileEntry) -> str:
+    if entry.bytes > _SMALL:
+        raise StoreError(f"{path}: too large to be read at once ({entry.bytes} bytes)")
+    content = read_small(path, side=StoreError, limit=entry.bytes + 1)
+    if (len(content), digest_bytes(content)) != (entry.bytes, entry.blake3):
+        raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
     try:
         return content.decode()
     except UnicodeDecodeError as failed:

@@ -78,18 +78,23 @@ class Store:
         id: Id,
         *,
         seal: str | None = None,
-        contents: bool = True,
         on_progress: Progress | None = None,
     ) -> list[wire.Problem]:
         """Read a whole store half; what is wrong with it, nothing if all is well.
 
-        *seal* here and below is the digest of the manifest that the local half names. Without
-        *contents* only the names and the sizes of its files are looked at.
+        *seal* here and below is the digest of the manifest that the local half names.
         """
-        request = wire.Verify(
-            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, contents=contents
-        )
+        request = wire.Verify(root=self._root(vm, id), vm=vm, id=str(id), seal=seal)
         return await self._ask(request, list[wire.Problem], on_progress)
+
+    async def glance(
+        self, vm: str, id: Id, texts: Sequence[str], *, seal: str | None = None
+    ) -> wire.Glanced:
+        """Small files, checked, and whether the others are there. Raises DamagedData."""
+        request = wire.Glance(
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, texts=list(texts)
+        )
+        return await self._ask(request, wire.Glanced)
 
     async def read(self, vm: str, id: Id, name: str, *, seal: str | None = None) -> str:
         """The text of a small file, checked. Raises DamagedData."""

@@ -53,9 +53,13 @@ class Sealed(Half, frozen=True, kw_only=True):
 
 
 class Verify(Sealed, frozen=True, kw_only=True):
-    """*contents*: read the files, too, and not only what the folder says of them."""
+    pass
 
-    contents: bool = True
+
+class Glance(Sealed, frozen=True, kw_only=True):
+    """*texts*: the names of small files that are wanted; of the others the size is enough."""
+
+    texts: list[str]
 
 
 class Read(Sealed, frozen=True, kw_only=True):
@@ -77,7 +81,7 @@ class Remove(Half, frozen=True, kw_only=True):
     pass
 
 
-AnyRequest = Examine | Catalogue | Ship | Verify | Read | Load | Fetch | Remove
+AnyRequest = Examine | Catalogue | Ship | Verify | Glance | Read | Load | Fetch | Remove
 
 
 class Done(Struct, frozen=True, kw_only=True):
@@ -136,6 +140,13 @@ class Problem(Struct, frozen=True, kw_only=True):
 
     file: str
     what: str
+
+
+class Glanced(Struct, frozen=True, kw_only=True):
+    """What was found at a glance, by the files' names: the texts, and what is wrong with which."""
+
+    texts: dict[str, str]
+    troubles: dict[str, Trouble]
 
 
 _KINDS = {

@@ -54,6 +54,8 @@ def answer_to(request: wire.AnyRequest) -> Any:
             return half.ship(root, request, _progress)
         case wire.Verify():
             return half.verify(root, request, _progress)
+        case wire.Glance():
+            return half.glance(root, request)
         case wire.Read():
             return half.read(root, request)
         case wire.Load():

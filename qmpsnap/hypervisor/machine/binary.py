@@ -20,10 +20,7 @@ _MODEL = re.compile(r"^(?:(?:x86|s390|PowerPC)\s+)?(\S+)")  # 7.2 says the archi
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """What `-version` and the `help` of an option say; aliases are names like others.
-
-    *folders*: where it looks for firmware.
-    """
+    """What `-version` and the `help` of an option say; aliases are names like others."""
 
     path: Path
     version: str
@@ -31,7 +28,6 @@ class Binary:
     cpus: frozenset[str]
     devices: frozenset[str]
     accelerators: frozenset[str]
-    folders: tuple[Path, ...]
 
 
 _asked: dict[tuple[str, int, int], Binary] = {}
@@ -52,11 +48,16 @@ async def ask(path: Path) -> Binary:
     return _asked[key]
 
 
+async def folders(path: Path) -> list[Path]:
+    """Where the binary *path* looks for firmware. Raises Blocked."""
+    return [Path(line) for line in (await _said(path, "-L", "help")).splitlines()]
+
+
 async def _ask(path: Path) -> Binary:
-    words = ("-machine", "-cpu", "-device", "-accel", "-L")
+    words = ("-machine", "-cpu", "-device", "-accel")
     try:
         async with asyncio.timeout(_WITHIN):
-            version, machines, cpus, devices, accelerators, folders = await asyncio.gather(
+            version, machines, cpus, devices, accelerators = await asyncio.gather(
                 _said(path, "-version"), *(_said(path, word, "help") for word in words)
             )
     except TimeoutError:
@@ -71,7 +72,6 @@ async def _ask(path: Path) -> Binary:
         cpus=_models(cpus),
         devices=_drivers(devices),
         accelerators=_first_words(accelerators),
-        folders=tuple(map(Path, folders.split("\n"))),
     )
 
 
