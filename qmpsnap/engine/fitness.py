@@ -10,18 +10,18 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, here, restoration
+from qmpsnap.engine import configuration, here, restoration, usage
 from qmpsnap.engine.comparison import Captured, Row, compare
 from qmpsnap.engine.half import Glanced, Pair, open_pair
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE, USAGE
+from qmpsnap.engine.usage import Usage
 from qmpsnap.errors import (
     Blocked,
     DamagedData,
     LocalFailed,
-    ManifestError,
     Refused,
     SnapError,
     UsageError,
@@ -47,17 +47,6 @@ class Fitness(msgspec.Struct, frozen=True, kw_only=True):
     fits: bool
     rows: list[Row]
     notices: list[str]
-
-
-class _Process(msgspec.Struct, frozen=True):
-    rss_bytes: int | None
-    swap_bytes: int | None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    """What a restore reads of `usage.json`."""
-
-    process: _Process | None
 
 
 @dataclass(slots=True)
@@ -146,7 +135,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
         machine = configuration.decode(seen.text(MACHINE), str(Path(vm, pair.id, MACHINE)))
     used = None
     try:
-        used = _used(seen.text(USAGE))
+        used = _used(usage.decode(seen.text(USAGE), str(Path(vm, pair.id, USAGE))))
     except (DamagedData, LocalFailed) as odd:  # a restore can do without
         found.differs(USAGE, str(odd))
     if machine is not None:
@@ -202,12 +191,8 @@ def _files(found: Assessed, seen: Glanced) -> None:
                 raise seen.wrong[entry.name]
 
 
-def _used(text: str) -> int | None:
-    """Bytes of memory that the VM's process held. Raises ManifestError."""
-    try:
-        process = msgspec.json.decode(text, type=_Usage).process
-    except msgspec.DecodeError as odd:
-        raise ManifestError(f"{USAGE}: {odd}") from odd
-    if process is None or process.rss_bytes is None:
-        return None
-    return process.rss_bytes + (process.swap_bytes or 0)
+def _used(figures: Usage) -> int | None:
+    """Bytes of memory that the VM's process held, swap included: the most of all samples."""
+    held = [one.memory for one in (figures.before, figures.after) if one is not None]
+    known = [one.rss_bytes + (one.swap_bytes or 0) for one in held if one and one.rss_bytes]
+    return max(known, default=None)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpsnap.host import cgroup, process
+from qmpsnap.host import cgroup, load
 
 _NO_LIMIT = 1 << 62  # v1 writes "no limit" as the largest multiple of a page
 _NET_ADMIN = 12  # capability.h
@@ -43,7 +43,7 @@ class Headroom:
 
 def look() -> Headroom:
     """Now, for a process that we start. Raises LocalFailed."""
-    host = process.host_usage()
+    host = load.usage()
     return Headroom(
         memory_total_bytes=host.memory_total_bytes,
         memory_free_bytes=host.memory_available_bytes,

@@ -172,6 +172,10 @@ async def test_a_machine_that_does_not_start(qemu72: Path, short: Path, store: P
     async with booted(qemu72, short, extra=["-fw_cfg", f"name=opt/x,file={blob}"]) as guest:
         id = await taken(engine, guest)
     blob.unlink()
+    with pytest.raises(Blocked, match=str(blob)):  # of the host, and no fault of the snapshot
+        await engine.verify("web", id, trial=Trial())
+    nothing_left(engine, id)
+    blob.mkdir()  # something is there, and only QEMU finds out that it is no file
     found = await engine.verify("web", id, trial=Trial())
     assert [one.where for one in found.findings] == ["boot"]
     assert str(blob) in found.findings[0].what  # QEMU's own words

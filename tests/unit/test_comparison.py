@@ -294,7 +294,7 @@ def test_an_empty_disk_takes_room_too() -> None:
 def test_files_that_the_machine_reads() -> None:
     words = ("-kernel", "/boot/vmlinuz", "-bios", "sea.bin", "-L", "/fw", "-initrd", "/boot/i")
     given = machine(*words)
-    assert rows(given)["files it reads"].captured == "4"
+    assert rows(given)["files it reads"].captured == "3"
     troubles = {"/boot/i": "is missing", "sea.bin": "is in none of QEMU's folders"}
     found = rows(given, replace(HERE, troubles=troubles))
     assert odd(found) == {"file /boot/i": "blocks", "file sea.bin": "blocks"}

@@ -98,6 +98,11 @@ def path(scene: Scene, _index: int, option: Option) -> list[Option]:
     return [Option(option.name, scene.absolute(option.value or ""))]
 
 
+def firmware_folder(scene: Scene, _index: int, option: Option) -> list[Option]:
+    """-L: one of several folders, of which QEMU passes over those that are not there."""
+    return [Option(option.name, scene.spelled(option.value or ""))]
+
+
 def memory_path(scene: Scene, _index: int, option: Option) -> list[Option]:
     """-mem-path: a folder, or a file that is made if need be."""
     return [Option(option.name, scene.made(option.value or ""))]

@@ -45,15 +45,16 @@ class Scene:
         """*path*, which is read, as the original meant it, whatever directory we start in."""
         if not path:
             return path
-        self.reads.append(self._spelled(path))
-        return self._spelled(path)
+        self.reads.append(self.spelled(path))
+        return self.spelled(path)
 
     def made(self, path: str) -> str:
         """As `absolute`, for what QEMU makes when it is not there."""
-        self.reads.append(str(Path(self._spelled(path)).parent))
-        return self._spelled(path)
+        self.reads.append(str(Path(self.spelled(path)).parent))
+        return self.spelled(path)
 
-    def _spelled(self, path: str) -> str:
+    def spelled(self, path: str) -> str:
+        """As `absolute`, for what need not be there."""
         return os.path.normpath(self.cwd / path)
 
     def image(self, name: str) -> str:
@@ -74,7 +75,7 @@ class Scene:
 
     def move(self, path: str, *, to: Path | None = None) -> str:
         """The new place of a file that the machine writes: under `into`, or *to*."""
-        old = self._spelled(path)
+        old = self.spelled(path)
         if old not in self.moved:
             self.moved[old] = str(to) if to else self.fresh(Path(old).name)
         return self.moved[old]
