@@ -49,4 +49,5 @@ def drain(pipe: int, file: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    print("reading", flush=True)
     print(json.dumps(drain(int(sys.argv[1]), int(sys.argv[2]))))

@@ -91,6 +91,9 @@ async def drained(monitor: Monitor, path: Path, *, size: int) -> AsyncIterator[T
         )
         os.close(reading)
         reading = -1
+        # an interpreter that is still starting would take a CPU from QEMU while the guest is held
+        assert process.stdout is not None
+        await process.stdout.readline()
         await monitor.send_fd(writing)
         await monitor.execute("getfd", {"fdname": _FDNAME})
         os.close(writing)
