@@ -55,8 +55,9 @@ class Ran:
 
 
 def _hearing() -> None:
-    # a test run started with `&` ignores SIGINT, and its children would too
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # a test run started with `&` ignores SIGINT, one with nohup SIGHUP, and its children would too
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, slots=True)
