@@ -83,10 +83,14 @@ async def test_process_and_threads(qemu: Path, short: Path) -> None:
         await stopped(vm)
         async with surveyed(vm) as (monitor, facts):
             os.sched_setaffinity(facts.inventory.cpus[1].thread_id, {0})  # type: ignore[index]
-            cpu = ps(vm.pid, "cputimes")
-            io = _io(vm.pid)
-            seen = await sample.take(monitor, facts, short)
-            rss, vsz, nlwp = (ps(vm.pid, word) for word in ("rss", "vsz", "nlwp"))
+            for _ in range(20):  # the pool's threads come and go, their stacks and heaps with them
+                threads_before = ps(vm.pid, "nlwp")
+                cpu = ps(vm.pid, "cputimes")
+                io = _io(vm.pid)
+                seen = await sample.take(monitor, facts, short)
+                rss, vsz, nlwp = (ps(vm.pid, word) for word in ("rss", "vsz", "nlwp"))
+                if threads_before == nlwp:
+                    break
     process, threads, memory = seen.process, seen.threads, seen.memory
     assert process and threads and memory  # noqa: PT018
     used = (process.cpu_user_seconds or 0) + (process.cpu_system_seconds or 0)
