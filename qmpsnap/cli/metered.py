@@ -31,6 +31,8 @@ MetricsFile = Annotated[
 @asynccontextmanager
 async def metered(path: Path | None, engine: Engine, vm: str, verb: str) -> AsyncIterator[Run]:
     """The block is the run. However it ends, the file *path* tells; nothing fails for its sake."""
+    import asyncio  # not for --help
+
     from qmpsnap.engine.metrics import Run
     from qmpsnap.errors import SnapError
 
@@ -41,7 +43,7 @@ async def metered(path: Path | None, engine: Engine, vm: str, verb: str) -> Asyn
         run.exit_code = failed.exit_code
         raise
     except BaseException as other:
-        run.exit_code = 130 if type(other).__name__ == "CancelledError" else 4
+        run.exit_code = 130 if isinstance(other, asyncio.CancelledError) else 4
         raise
     finally:
         run.seconds = time.monotonic() - clock

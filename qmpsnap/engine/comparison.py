@@ -16,12 +16,12 @@ from qmpsnap.host.headroom import Ceiling
 from qmpsnap.hypervisor.machine.binary import Binary
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.options import Device, Machine, fields_of
+from qmpsnap.hypervisor.machine.relocation.scene import SOCKET_PATH
 from qmpsnap.units import in_bytes
 
 Verdict = Literal["ok", "differs", "blocks"]
 
 _OVERLAY = 256 << 10  # bytes of a new overlay, of an empty disk's image, and of their folder
-_SOCKET_PATH = 107  # sockaddr_un.sun_path, without its last zero
 _DEFAULT_BRIDGE = "br0"  # net/net.c
 _NODES = {"vhost-vsock": "/dev/vhost-vsock"}  # devices that cannot do without a node of the host
 
@@ -232,8 +232,8 @@ def _networks(captured: Captured, here: Here) -> Iterator[Row]:
 def _sockets(captured: Captured) -> Iterator[Row]:
     qmp, moved = captured.ready.qmp, captured.ready.relocated.moved
     why = ""
-    if len(str(qmp).encode()) > _SOCKET_PATH:
-        why = f"{qmp}: a socket's path has at most {_SOCKET_PATH} bytes"
+    if len(str(qmp).encode()) > SOCKET_PATH:
+        why = f"{qmp}: a socket's path has at most {SOCKET_PATH} bytes"
     yield _row("QMP socket", None, str(qmp), blocks=why)
     if moved:
         here = f"{len(moved)} under {captured.ready.wish.to}"

@@ -16,7 +16,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import MonitorLost, QemuGone
 from qmpsnap.host import process as host_process
-from qmpsnap.host.journal import Entry, Record
+from qmpsnap.host.journal import Entry
 from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor.block import fold, graph, overlay
 from qmpsnap.hypervisor.monitor import Monitor, settle
@@ -111,12 +111,8 @@ async def _forgotten(
 
 
 def _lines(debt: Entry) -> list[Folding]:
-    return foldings(debt.read())
-
-
-def foldings(record: Record) -> list[Folding]:
     """What a deletion has noted of its folds."""
-    said = [line for line in record.lines if line.get("phase") in {"folding", "folded"}]
+    said = [line for line in debt.read().lines if line.get("phase") in {"folding", "folded"}]
     return msgspec.convert(said, list[Folding])
 
 

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpsnap.host import cgroup, load
+from qmpsnap.host import cgroup, kernelfile, load
+from qmpsnap.host.limits import number
 
-_NO_LIMIT = 1 << 62  # v1 writes "no limit" as the largest multiple of a page
 _NET_ADMIN = 12  # capability.h
 _SYS = Path("/sys")
 
@@ -93,37 +93,24 @@ def tap_trouble() -> str:
 
 
 def _second(folder: Path) -> Ceiling | None:
-    limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+    own = {"": folder}
+    limit, used = number(own, "", "memory.max"), number(own, "", "memory.current")
     if limit is None or used is None:
         return None
-    swap, swapped = _number(folder / "memory.swap.max"), _number(folder / "memory.swap.current")
+    swap, swapped = number(own, "", "memory.swap.max"), number(own, "", "memory.swap.current")
     left = None if swap is None else max(0, swap - (swapped or 0))
     return Ceiling(str(folder), limit, max(0, used - _cache(folder, "")), left)
 
 
 def _first(folder: Path) -> Ceiling | None:
-    limit = _number(folder / "memory.limit_in_bytes")
-    used = _number(folder / "memory.usage_in_bytes")
+    own = {"memory": folder}
+    limit = number(own, "memory", "memory.limit_in_bytes")
+    used = number(own, "memory", "memory.usage_in_bytes")
     if limit is None or used is None:
         return None
     return Ceiling(str(folder), limit, max(0, used - _cache(folder, "total_")))
 
 
 def _cache(folder: Path, prefix: str) -> int:
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    figures = dict(line.split() for line in lines)
-    kinds = ("inactive_file", "active_file")
-    return sum(int(figures.get(f"{prefix}{kind}", 0)) for kind in kinds)
-
-
-def _number(path: Path) -> int | None:
-    """None for no such file, and for no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    number = int(text) if text != "max" else _NO_LIMIT
-    return number if number < _NO_LIMIT else None
+    figures = kernelfile.numbers(folder / "memory.stat")
+    return sum(figures.get(f"{prefix}{kind}", 0) for kind in ("inactive_file", "active_file"))

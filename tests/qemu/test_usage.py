@@ -59,9 +59,7 @@ def _io(pid: int) -> dict[str, str]:
 
 
 def near(ours: int | None, theirs: int) -> bool:
-    # the kernel adds up what each thread has counted for itself only now and then, and one event
-    # may have been a huge page: `ps` is some MiB behind
-    return ours is not None and abs(ours - theirs) <= theirs * 0.05 + (16 << 20)
+    return ours is not None and abs(ours - theirs) <= theirs * 0.05 + (4 << 20)
 
 
 async def booting(vm: Running) -> None:
@@ -85,14 +83,17 @@ async def test_process_and_threads(qemu: Path, short: Path) -> None:
         await stopped(vm)
         async with surveyed(vm) as (monitor, facts):
             os.sched_setaffinity(facts.inventory.cpus[1].thread_id, {0})  # type: ignore[index]
-            for _ in range(20):  # the pool's threads come and go, their stacks and heaps with them
-                threads_before = ps(vm.pid, "nlwp")
+            # the pool's threads come and go, and QEMU gives freed memory back when it is idle: the
+            # witness has to say the same before and after
+            for _ in range(50):
+                earlier = [ps(vm.pid, word) for word in ("rss", "vsz", "nlwp")]
                 cpu = ps(vm.pid, "cputimes")
                 io = _io(vm.pid)
                 seen = await sample.take(monitor, facts, short)
-                rss, vsz, nlwp = (ps(vm.pid, word) for word in ("rss", "vsz", "nlwp"))
-                if threads_before == nlwp:
+                rss, vsz, nlwp = later = [ps(vm.pid, word) for word in ("rss", "vsz", "nlwp")]
+                if earlier == later:
                     break
+            assert earlier == later
     process, threads, memory = seen.process, seen.threads, seen.memory
     assert process and threads and memory  # noqa: PT018
     used = (process.cpu_user_seconds or 0) + (process.cpu_system_seconds or 0)
@@ -219,9 +220,9 @@ async def test_its_own_group(qemu72: Path, short: Path, group: dict[str, Path]) 
             (folder / "cgroup.procs").write_text(str(vm.pid))
         await stopped(vm)
         async with surveyed(vm) as (monitor, facts):
-            before = int((group["cpuacct"] / "cpuacct.usage").read_text()) / 1e9
+            before = int((group["cpuacct"] / "cpuacct.usage").read_text())
             seen = await sample.take(monitor, facts, short)
-            after = int((group["cpuacct"] / "cpuacct.usage").read_text()) / 1e9
+            after = int((group["cpuacct"] / "cpuacct.usage").read_text())
             memory = int((group["memory"] / "memory.usage_in_bytes").read_text())
             pids = int((group["pids"] / "pids.current").read_text())
     assert seen.cgroup is not None
@@ -230,7 +231,7 @@ async def test_its_own_group(qemu72: Path, short: Path, group: dict[str, Path]) 
     assert limits.memory_max_bytes == 1 << 30
     assert limits.pids_max_count == 500
     assert used.cpu_seconds is not None
-    assert before - 1e-6 <= used.cpu_seconds <= after + 1e-6  # all three are rounded
+    assert before <= round(used.cpu_seconds * 1e9) <= after  # whole nanoseconds: nothing is lost
     assert near(used.memory_bytes, memory)
     assert used.memory_peak_bytes is not None
     assert used.memory_peak_bytes >= memory - (4 << 20)

@@ -11,7 +11,7 @@ from pathlib import Path
 from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 
-_SOCKET_PATH = 107  # sockaddr_un.sun_path, without its last zero
+SOCKET_PATH = 107  # sockaddr_un.sun_path, without its last zero
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -83,9 +83,9 @@ class Scene:
     def move_socket(self, path: str, *, to: Path | None = None) -> str:
         """As `move`, for a unix socket. Raises Blocked when its new path is too long."""
         new = self.move(path, to=to)
-        if len(os.fsencode(new)) > _SOCKET_PATH:
+        if len(os.fsencode(new)) > SOCKET_PATH:
             raise Blocked(
-                f"{new}: a socket's path has at most {_SOCKET_PATH} bytes",
+                f"{new}: a socket's path has at most {SOCKET_PATH} bytes",
                 hint="restore to a directory with a shorter path",
             )
         return new
