@@ -60,7 +60,11 @@ async def serving(
     Raises LocalFailed with qemu-nbd's words, and when *socket* is taken.
     """
     _refuse_taken(socket)
-    process = await _started(_arguments(path, format, socket, name, force_share), binary)
+    try:
+        process = await _started(_arguments(path, format, socket, name, force_share), binary)
+    except asyncio.CancelledError:  # asyncio has killed it, maybe with its socket there already
+        _remove(socket)
+        raise
     assert process.stderr is not None
     said = asyncio.create_task(_last_line(process.stderr))
     server = Server(process, said)

@@ -7,6 +7,7 @@ QEMU's main loop, so that they would also show a QEMU that waits for the root it
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
@@ -45,17 +46,20 @@ def _small(path: Path, size: int = _ROOT) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", path], check=True)
+        # lazily: after a failure somebody may still be at it, and the next test is none of theirs
+        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def _fill(folder: Path, *, leave: int) -> Path:
     """Somebody else takes all but *leave* bytes of *folder*'s file system."""
     filler = folder / "filler"
-    descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.posix_fallocate(descriptor, 0, os.statvfs(folder).f_bavail * 4096 - leave)
-    finally:
-        os.close(descriptor)
+    with filler.open("wb") as file:
+        while (size := os.statvfs(folder).f_bavail * 4096 - leave) > 0:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+            except OSError as full:  # a copy that is under way was quicker
+                if full.errno != errno.ENOSPC:
+                    raise
     return filler
 
 

@@ -89,7 +89,7 @@ async def _of_a_paused_guest(engine: Engine, machine: Machine, guest: Guest, sho
     assert (await guest.console.witness(within=30)).ok
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 async def test_twenty_snapshots_in_the_background_without_one_disagreement(
     short: Path, store: Path
 ) -> None:

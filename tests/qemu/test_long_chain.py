@@ -29,7 +29,7 @@ async def content(engine: Engine, id: str, to: Path, *, standalone: bool) -> byt
     return raw.read_bytes()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 async def test_a_hundred_increments(qemu72: Path, short: Path, store: Path) -> None:
     engine = Engine(short / "local", store, allow_local_store=True)
     line, _ = options(short)

@@ -363,7 +363,7 @@ async def _built(dir: Path, store: Path) -> tuple[Series, list[str]]:
     return series, [names[3], series.add({"vda": names[3]})]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 async def test_cut_off_before_every_step_and_run_once_more(short: Path, store: Path) -> None:
     series, stay = await _built(short / "control", store / "control")
     assert len(list(points.read(series.root, VM))) == 4
