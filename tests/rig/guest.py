@@ -17,7 +17,7 @@ from tests.rig.qemu import ROOT, Running, running
 GUEST = ROOT / "build/guest"
 _APPEND = (
     "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off "
-    "random.trust_cpu=on init_on_alloc=0 cryptomgr.notests acpi=noirq "
+    "random.trust_cpu=on init_on_alloc=0 cryptomgr.notests "
     "initcall_blacklist=init_kprobe_trace,load_system_certificate_list"
 )
 
@@ -59,13 +59,17 @@ class Guest:
         return self.qemu.qmp
 
 
-def machine_options(dir: Path, *, memory: int = 128, machine: str = "pc") -> list[str]:
-    """Everything but disks; the sockets lie in *dir*."""
+def machine_options(
+    dir: Path, *, memory: int = 128, machine: str = "pc", also: str = "", cpus: int = 1
+) -> list[str]:
+    """Everything but disks; the sockets lie in *dir*, *also* names sets of drivers."""
     folder = built()
+    # hides the other CPUs, and whatever is plugged
+    append = _APPEND if cpus > 1 else f"{_APPEND} acpi=noirq"
     return [
         *("-M", machine, "-m", str(memory), "-nodefaults", "-accel", "tcg"),
         *("-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.img")),
-        *("-append", _APPEND),
+        *("-smp", str(cpus), "-append", f"{append} also={also}" if also else append),
         *("-chardev", f"socket,id=console,path={dir}/console.sock,server=on,wait=off"),
         *("-serial", "chardev:console", "-device", "virtio-serial-pci,id=vser"),
         *("-chardev", f"socket,id=agent,path={dir}/agent.sock,server=on,wait=off"),
@@ -83,6 +87,8 @@ async def booted(
     disks: Sequence[str] | None = None,
     memory: int = 128,
     machine: str = "pc",
+    also: str = "",
+    cpus: int = 1,
     extra: Sequence[str] = (),
 ) -> AsyncIterator[Guest]:
     """A guest whose witness runs, on *qemu*, with its sockets and images in *dir*.
@@ -96,7 +102,11 @@ async def booted(
             *blockdev(images[0], "d0", "qcow2", device="vd0"),
             *blockdev(images[1], "d1", "raw", device="vd1"),
         ]
-    options = [*machine_options(dir, memory=memory, machine=machine), *disks, *extra]
+    options = [
+        *machine_options(dir, memory=memory, machine=machine, also=also, cpus=cpus),
+        *disks,
+        *extra,
+    ]
     async with (
         running(qemu, *options, directory=dir) as process,
         Console.open(dir / "console.sock") as console,

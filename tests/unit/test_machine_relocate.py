@@ -120,6 +120,12 @@ RULE_BY_RULE = {
     "-object memory-backend-file,id=m,mem-path=x,size=1": (
         "-object memory-backend-file,id=m,mem-path=/was/here/x,size=1"
     ),
+    "-object memory-backend-file,id=m,mem-path=x/y,share=on,size=1": (
+        "-object memory-backend-file,id=m,mem-path=/was/here/x,share=on,size=1"
+    ),
+    "-object memory-backend-file,id=m,mem-path=/tmp,share=on,size=1": (
+        "-object memory-backend-file,id=m,mem-path=/tmp,share=on,size=1"
+    ),
     "-object filter-dump,id=f,netdev=n,file=x.pcap": (
         "-object filter-dump,id=f,netdev=n,file=/new/x.pcap"
     ),
@@ -147,7 +153,9 @@ BLOCKED = {
     "-chardev file,id=c,path=/dev/fdset/2": "chardev c",
     "-device vhost-vsock-pci,id=v,vhostfd=3": "device v: vhostfd",
     "-device vfio-pci,host=1,id=v": "device v",
-    "-object memory-backend-file,id=m,mem-path=x,share=on": "object m: share=on",
+    "-object memory-backend-file,id=m,mem-path=x,share=on -device nvdimm,memdev=m": (
+        "object m: it is the storage of a nvdimm"
+    ),
     "-tpmdev passthrough,id=t": "-tpmdev",
     "-icount shift=1,rr=record,rrfile=x": "-icount",
     "-blockdevs x": "-blockdevs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 
 from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.machine.cmdline import Option
@@ -13,6 +14,7 @@ from qmpsnap.hypervisor.machine.relocation.scene import Scene
 _DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sock-fd"})
 _OUTSIDE = ("vhost-user-", "vhost-scsi", "vfio-", "usb-host", "usb-redir", "scsi-block",
             "scsi-generic", "virtio-input-host", "x-pci-proxy", "ivshmem-doorbell")  # fmt: skip
+_PERSISTENT = ("nvdimm", "virtio-pmem-pci")
 _OUTSIDE_OBJECTS = ("cryptodev-vhost-user", "x-remote-object", "x-vfio-user-server", "input-linux",
                     "dbus-vmstate", "vhost-user-backend")  # fmt: skip
 
@@ -48,7 +50,7 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
 def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
     """-object: kept, with what it writes moved.
 
-    Raises Blocked for memory whose file the original's guest would share.
+    Raises Blocked for memory that outlives its machine in a file.
     """
     view = Object.of(option)
     kind, fields = view.qom_type or "", view.fields
@@ -58,10 +60,11 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         raise Blocked(f"{name}: {kind} is tied to something outside of the machine")
     if kind == "monitor-qmp":
         return []
-    if kind == "memory-backend-file" and fields.on("share") and not fields.on("readonly"):
-        raise Blocked(f"{name}: share=on would write into the original's memory")
     if path := fields.get("mem-path"):
-        fields = fields.set("mem-path", scene.made(path))
+        shared = fields.on("share") and not fields.on("readonly")
+        fields = fields.set(
+            "mem-path", _shared_memory(scene, view, path) if shared else scene.made(path)
+        )
     for key in ("dir", "filename", "path"):
         if path := fields.get(key):
             fields = fields.set(key, scene.absolute(path))
@@ -69,6 +72,21 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         moved = scene.move(file) if kind == "filter-dump" else scene.absolute(file)
         fields = fields.set("file", moved)
     return [_changed(option, view.fields, fields)]
+
+
+def _shared_memory(scene: Scene, view: Object, path: str) -> str:
+    """The folder of the original's file: in a folder, QEMU makes a nameless file of its own."""
+    for option in scene.line.all("device"):
+        device = Device.of(option)
+        if device.driver in _PERSISTENT and device.fields.get("memdev") == view.id:
+            raise Blocked(
+                f"object {view.id}: it is the storage of a {device.driver}, and in no snapshot"
+            )
+    if Path(scene.spelled(path)).is_dir():
+        return scene.absolute(path)
+    folder = str(Path(scene.spelled(path)).parent)
+    scene.note(f"object {view.id}: its memory is in a nameless file of {folder}, and not in {path}")
+    return scene.absolute(folder)
 
 
 def shared_folder(scene: Scene, _index: int, option: Option) -> list[Option]:
