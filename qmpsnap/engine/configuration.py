@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 import msgspec
 
+from qmpsnap.engine import reconciliation
+from qmpsnap.engine.reconciliation import Reconciliation
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import HalfMissing, ManifestError
-from qmpsnap.hypervisor.machine import inventory, records
+from qmpsnap.hypervisor.machine import records
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
+from qmpsnap.hypervisor.machine.inventory import Inventory
 
 _FORMAT: Literal["qmpsnap-machine"] = "qmpsnap-machine"
-_VERSION = 1
+_VERSION = 2
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -26,11 +29,13 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The captured machine. *machine_type* is resolved: `pc` became `pc-i440fx-7.2`.
 
     *options* is the command line as typed options, *cwd* the folder its paths start from; both
-    are None when QEMU's process could not be found (then no RAM was taken either).
+    are None when QEMU's process could not be found (then no RAM was taken either). *hotplugged*
+    and *unplugged* came and went at run time; *reconciled* is None where nothing did, and in
+    version 1, which did not know how to bring such a machine back.
     """
 
     format: Literal["qmpsnap-machine"] = "qmpsnap-machine"
-    version: int = 1
+    version: int = _VERSION
     vm: str
     qemu_version: str
     qemu_package: str
@@ -40,13 +45,18 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     options: list[dict[str, Any]] | None
     hotplugged: list[str]
     unplugged: list[str]
-    inventory: inventory.Inventory
+    inventory: Inventory
+    reconciled: Reconciliation | None = None
 
     def command_line(self) -> tuple[CommandLine, Path]:
-        """The command line and its folder. Raises HalfMissing if it is not known."""
+        """A command line that makes this machine, and its folder.
+
+        Raises HalfMissing if it is not known.
+        """
         if self.options is None or self.cwd is None or self.exe is None:
             raise HalfMissing(f"{self.vm}: the captured command line is not known")
-        return records.from_json(self.exe, self.options), Path(self.cwd)
+        options = self.reconciled.options if self.reconciled else self.options
+        return records.from_json(self.exe, options), Path(self.cwd)
 
 
 def of(facts: Survey) -> Configuration:
@@ -60,9 +70,10 @@ def of(facts: Survey) -> Configuration:
         exe=facts.process.exe if facts.process else None,
         cwd=str(facts.attached.cwd) if facts.attached else None,
         options=records.as_json(line) if line else None,
-        hotplugged=inventory.hotplugged(facts.inventory, line) if line else [],
-        unplugged=inventory.unplugged(facts.inventory, line) if line else [],
+        hotplugged=list(facts.reconciled.plugged) if facts.reconciled else [],
+        unplugged=list(facts.reconciled.unplugged) if facts.reconciled else [],
         inventory=facts.inventory,
+        reconciled=reconciliation.of(facts.reconciled),
     )
 
 

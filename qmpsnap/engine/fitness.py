@@ -150,8 +150,12 @@ async def _compared(
     chains: Sequence[Sequence[Image]],
 ) -> None:
     pair, wish = found.pair, found.wish
-    strange = ", ".join([*machine.hotplugged, *machine.unplugged])
-    with found.row("hotplug", strange or "none", "left out" if strange else "none"):
+    came = ", ".join(machine.hotplugged) or "nothing"
+    went = ", ".join(machine.unplugged) or "nothing"
+    changed = bool(machine.hotplugged or machine.unplugged)
+    captured = f"{came} came, {went} went" if changed else "none"
+    here_now = "cold-plugged at their places" if machine.reconciled else "left out"
+    with found.row("hotplug", captured, here_now if changed else "none"):
         restoration.refuse_hotplugged(machine, wish)
     ready: Ready | None = None
     with found.row("command line", f"{len(machine.options or [])} options", "can be moved"):

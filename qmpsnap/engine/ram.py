@@ -17,6 +17,9 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
         return (RamMode.NONE,), "asked for"
     if facts.attached is None:
         raise Blocked(f"the RAM could not be restored later: {facts.problem}", hint=_NO_RAM)
+    if facts.reconciled is not None and facts.reconciled.troubles:
+        told = "; ".join(facts.reconciled.troubles)
+        raise Blocked(f"the RAM could not be restored later: {told}", hint=_NO_RAM)
     if facts.blocked_reasons:
         raise Blocked(
             f"QEMU cannot save its state: {'; '.join(facts.blocked_reasons)}", hint=_NO_RAM

@@ -87,8 +87,12 @@ def refuse_mode(pair: Pair, wish: Restoration) -> None:
 
 
 def refuse_hotplugged(machine: Configuration, wish: Restoration) -> None:
-    """Raises Blocked for a RAM whose machine is not that of the command line."""
-    if (strange := [*machine.hotplugged, *machine.unplugged]) and not wish.cold:
+    """Raises Blocked for a RAM whose machine no command line makes."""
+    if wish.cold:
+        return
+    if machine.reconciled is not None and machine.reconciled.troubles:
+        raise Blocked("; ".join(machine.reconciled.troubles), hint="`--cold` boots the disks")
+    if machine.reconciled is None and (strange := [*machine.hotplugged, *machine.unplugged]):
         raise Blocked(
             f"devices were plugged or unplugged at run time: {', '.join(strange)}; "
             "their state cannot be loaded into a machine of the command line",
@@ -121,13 +125,15 @@ def refuse_folder(to: Path) -> None:
 def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
     """The machine of *wish*. Raises Blocked, HalfMissing, UsageError for one that cannot be."""
     line, cwd = machine.command_line()
+    known = machine.reconciled
+    called = known.origins if known else {}
     qmp = wish.qmp or wish.to / "qmp.sock"
     relocated = relocate(
         line,
         cwd=cwd,
         into=wish.to,
         machine_type=machine.machine_type,
-        disks=places(pair, wish.to),
+        disks={called.get(name, name): at for name, at in places(pair, wish.to).items()},
         incoming=not wish.cold,
         paused=False,
         qmp=qmp,
@@ -140,11 +146,13 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
             raise Blocked(f"the QEMU of the snapshot, {binary}, is not on this host")
         binary = Path(found)
     cmdline = type(relocated.cmdline)(str(binary), relocated.cmdline.options)
-    return Ready(pair, wish, replace(relocated, cmdline=cmdline), qmp)
+    notices = [*known.notes, *(f"left out: {one}" for one in known.troubles)] if known else []
+    notices += relocated.notices
+    return Ready(pair, wish, replace(relocated, cmdline=cmdline, notices=notices), qmp)
 
 
 def places(pair: Pair, to: Path) -> Mapping[str, Path]:
-    """Each disk's new image by its name on the command line."""
+    """Each disk's new image by its name on the captured command line."""
     found = {disk.origin: to / f"{disk.label}.qcow2" for disk in pair.storage.disks}
     empty = [left for left in pair.storage.left_out if left.virtual_size_bytes is not None]
     for left, label in zip(empty, disk_labels([left.device for left in empty]), strict=True):

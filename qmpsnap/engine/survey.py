@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.block import graph, job
 from qmpsnap.hypervisor.guest import quiesce, runstate
-from qmpsnap.hypervisor.machine import attach, inventory
+from qmpsnap.hypervisor.machine import attach, inventory, reconcile
 from qmpsnap.hypervisor.machine.drives import slots
 from qmpsnap.hypervisor.machine.options import Blockdev, Device
+from qmpsnap.hypervisor.machine.plugged_disks import Image
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate import migration
 
@@ -60,7 +61,8 @@ class Site:
 @dataclass(frozen=True, slots=True)
 class Survey:
     """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
-    when the agent answered. *stray*: chains of nodes that no device shows."""
+    when the agent answered. *reconciled* is None where the command line says all of the machine, or
+    is not known."""
 
     machine: Machine
     state: runstate.RunState
@@ -75,6 +77,7 @@ class Survey:
     ram_bytes: int
     agent: Path | None
     agent_trouble: str
+    reconciled: reconcile.Reconciled | None = None
 
 
 async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
@@ -106,7 +109,21 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         ram_bytes=_ram_bytes(seen),
         agent=agent,
         agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
+        reconciled=await _reconciled(monitor, seen, attached, block, sites),
     )
+
+
+async def _reconciled(
+    monitor: Monitor,
+    seen: inventory.Inventory,
+    attached: attach.Attached | None,
+    block: graph.Graph,
+    sites: Sequence[Site],
+) -> reconcile.Reconciled | None:
+    if attached is None:
+        return None
+    images = [Image(s.disk, s.origin, s.paths[s.layers] if s.paths else "") for s in sites]
+    return await reconcile.reconcile(monitor, seen, attached.line, images, block.nodes)
 
 
 def _ram_bytes(seen: inventory.Inventory) -> int:
@@ -232,7 +249,8 @@ def _on_command_line(
         drive = device.fields.get("drive")
         if drive is not None and device.id == disk.name:
             return drive, {}
-    return node, {}
+    # one that came at run time; the nodes of a drive have no name that an option could give them
+    return disk.device or node, {}
 
 
 def _some(discard: str | None, aio: str | None) -> dict[str, str]:

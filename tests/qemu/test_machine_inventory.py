@@ -1,8 +1,9 @@
 import pytest
 
+from qmpsnap.hypervisor.machine.changes import changes, name_of
 from qmpsnap.hypervisor.machine.cmdline import parse
 from qmpsnap.hypervisor.machine.drives import slots
-from qmpsnap.hypervisor.machine.inventory import hotplugged, take, unplugged
+from qmpsnap.hypervisor.machine.inventory import take
 from qmpsnap.hypervisor.monitor import connect
 from tests.rig.qemu import VERSIONS, binary, running
 
@@ -61,15 +62,15 @@ async def test_inventory_sees_what_came_and_went(qemu):
     async with running(qemu, *argv) as vm, connect(vm.qmp) as monitor:
         line = parse(vm.argv)
         before = await take(monitor)
-        assert hotplugged(before, line) == unplugged(before, line) == []
+        assert not changes(before, line)
         await monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "late"})
         with monitor.listen("DEVICE_DELETED") as events:
             await monitor.execute("device_del", {"id": "tablet"})
             assert (await events.next()).data["device"] == "tablet"
         after = await take(monitor)
-        assert hotplugged(after, line) == ["late"]
-        assert unplugged(after, line) == ["tablet"]
-        (late,) = [one for one in after.devices if one.id == "late"]
+        found = changes(after, line)
+        assert [name_of(line.options[index]) for index in found.gone] == ["tablet"]
+        (late,) = found.plugged
         assert (late.type, late.bus) == ("virtio-rng-pci", "pci.0")
 
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from qmpsnap.engine.configuration import decode, encode
+from qmpsnap.engine.reconciliation import Reconciliation
 from qmpsnap.errors import ManifestError
 from qmpsnap.hypervisor.machine.inventory import (
     ChardevFacts,
@@ -21,7 +22,7 @@ from qmpsnap.hypervisor.machine.inventory import (
 )
 from tests.unit.test_comparison import inventory, machine
 
-WHOLE = machine(
+MACHINE = machine(
     of=inventory(
         devices=[DeviceFacts(path="/machine/peripheral/rng", type="virtio-rng-pci", id="rng")],
         pci=[PciFunction(bus=0, slot=1, function=0, vendor=2, device=3, qdev_id="rng")],
@@ -29,6 +30,16 @@ WHOLE = machine(
         iothreads=[Iothread(id="io0", thread_id=8)],
         memory_backends=[MemoryBackend(size=1 << 20)],
     )
+)
+WHOLE = msgspec.structs.replace(
+    MACHINE,
+    hotplugged=["late"],
+    reconciled=Reconciliation(
+        options=[{"option": "device", "json": {"driver": "virtio-rng-pci", "id": "late"}}],
+        origins={"drive:3": "drive:2"},
+        troubles=[],
+        notes=["netdev n1: a tap without vhost"],
+    ),
 )
 TREE = json.loads(encode(WHOLE))
 
@@ -40,7 +51,7 @@ def keys(tree: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
         here = (*path, key)
         if isinstance(tree, dict):
             yield here
-        if isinstance(value, dict | list) and here != ("options",):
+        if isinstance(value, dict | list) and key not in ("options", "origins"):
             yield from keys(value, *here)
 
 
@@ -65,7 +76,7 @@ def test_each_key_that_is_taken_away_is_named(path: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("number", range(len(TREE["options"])))
 def test_an_option_without_its_name_is_told(number: int) -> None:
-    tree = copy.deepcopy(TREE)
+    tree = copy.deepcopy(json.loads(encode(MACHINE)))
     del tree["options"][number]["option"]
     with pytest.raises(ManifestError, match="not an option of a command line"):
         decode(json.dumps(tree), "machine.json").command_line()
@@ -92,10 +103,19 @@ def test_what_is_no_machine_at_all(text: bytes) -> None:
         decode(text, "machine.json")
 
 
-def test_one_of_an_older_version_may_lack_what_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qmpsnap.engine.configuration._VERSION", 2)
+def test_of_what_came_and_went_the_command_line_is_another_one() -> None:
+    line, _ = WHOLE.command_line()
+    assert line.argv()[1:] == ["-device", '{"driver":"virtio-rng-pci","id":"late"}']
     tree = copy.deepcopy(TREE)
-    del tree["inventory"]["memory_backends"][0]["prealloc"]
-    assert decode(json.dumps(tree), "machine.json") == WHOLE
-    whole = msgspec.structs.replace(WHOLE, version=2)
-    assert decode(encode(whole), "machine.json") == whole
+    del tree["reconciled"]["options"][0]["option"]
+    with pytest.raises(ManifestError, match="not an option of a command line"):
+        decode(json.dumps(tree), "machine.json").command_line()
+
+
+def test_one_of_an_older_version_may_lack_what_came_later() -> None:
+    tree = copy.deepcopy(TREE)
+    del tree["inventory"]["memory_backends"][0]["prealloc"], tree["reconciled"]
+    tree["version"] = 1
+    older = msgspec.structs.replace(WHOLE, version=1, reconciled=None)
+    assert decode(json.dumps(tree), "machine.json") == older
+    assert older.command_line() == MACHINE.command_line()

@@ -17,13 +17,15 @@ class Slot:
     """A -drive of a command line and what QEMU calls it.
 
     *index* is its place in `CommandLine.options`; *backend* the `device` of query-block, such as
-    `ide0-hd0`; *key* its name among the disks of a snapshot: its id, or `drive:INDEX`.
+    `ide0-hd0`; *key* its name among the disks of a snapshot: its id, or `drive:INDEX`; *interface*
+    what its `if` says, or the machine's own.
     """
 
     index: int
     key: str
     backend: str
     drive: Drive
+    interface: str = "none"
 
 
 def slots(line: CommandLine) -> list[Slot]:
@@ -42,7 +44,7 @@ def _slots(line: CommandLine) -> Iterator[Slot]:
         bus, unit = _place(drive, interface, units, taken)
         taken.add((interface, bus, unit))
         backend = drive.id or _backend(drive, interface, bus, unit, units)
-        yield Slot(index, drive.id or f"drive:{index}", backend, drive)
+        yield Slot(index, drive.id or f"drive:{index}", backend, drive, interface)
 
 
 def _place(

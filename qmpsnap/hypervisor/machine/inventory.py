@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from qmpsnap.errors import CommandRefused, ReplyMalformed
-from qmpsnap.hypervisor.machine.cmdline import CommandLine
-from qmpsnap.hypervisor.machine.options import Device
 from qmpsnap.hypervisor.monitor import Monitor
 
 T = TypeVar("T")
@@ -124,20 +122,6 @@ async def take(monitor: Monitor) -> Inventory:
     )
 
 
-def hotplugged(inventory: Inventory, line: CommandLine) -> list[str]:
-    """The ids of the devices that the machine has and *line* has not, in order."""
-    known = _ids(line)
-    return [one.id for one in inventory.devices or [] if one.id and one.id not in known]
-
-
-def unplugged(inventory: Inventory, line: CommandLine) -> list[str]:
-    """The ids of the devices that *line* has and the machine has no more, in order."""
-    if inventory.devices is None:
-        return []
-    present = {one.id for one in inventory.devices}
-    return [ident for ident in _ids(line) if ident not in present]
-
-
 class _Asking:
     """A monitor that takes no for an answer, and takes it down."""
 
@@ -201,8 +185,8 @@ async def _device(asking: _Asking, path: str, kind: str) -> DeviceFacts:
     bus = await asking.quietly("qom-get", path=path, property="parent_bus")
     addr = await asking.quietly("qom-get", path=path, property="addr")
     plugged = await asking.quietly("qom-get", path=path, property="hotplugged")
-    if isinstance(addr, int):  # of PCI devices: slot and function in one number
-        addr = f"{addr >> 3:x}.{addr & 7}" if addr >= 0 else None
+    if isinstance(addr, int):  # of PCI devices: slot and function in one number; of DIMMs, bytes
+        addr = (f"{addr >> 3:x}.{addr & 7}" if addr < 256 else hex(addr)) if addr >= 0 else None
     return DeviceFacts(
         path=path,
         type=kind,
@@ -240,8 +224,3 @@ def _version(raw: dict[str, Any]) -> Version:
 
 def _without_suffix(text: str | None, suffix: str) -> str | None:
     return None if text is None else text.removesuffix(suffix)
-
-
-def _ids(line: CommandLine) -> list[str]:
-    views = (Device.of(option) for option in line.all("device"))
-    return [view.id for view in views if view.id]

@@ -91,6 +91,16 @@ def relocate(
     )
 
 
+def refusal(line: CommandLine, option: Option) -> str:
+    """Why *option*, one of *line* and none of its disks, could not be restored; empty if it can."""
+    scene = Scene(line, Path("/"), Path("/"), {}, None, set(), isolated=False, incoming=True)
+    try:
+        RULES[option.name](scene, 0, option)
+    except Blocked as refused:
+        return str(refused)
+    return ""
+
+
 def control(qmp: Path) -> tuple[Option, Option]:
     """The options that give a machine our QMP monitor, listening on *qmp*."""
     where = (("backend", "socket"), ("id", QMP_ID), ("path", str(qmp)))

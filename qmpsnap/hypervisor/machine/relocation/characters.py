@@ -179,10 +179,11 @@ def _users(line: CommandLine, name: str, *, but: Iterable[Option] = ()) -> list[
     rest = list(line.options)
     for option in but:
         rest.remove(option)
-    return [option for option in rest if option.name != "chardev" and _refers(option, name)]
+    return [option for option in rest if option.name != "chardev" and refers(option, name)]
 
 
-def _refers(option: Option, name: str) -> bool:
+def refers(option: Option, name: str) -> bool:
+    """Whether *option* speaks of the back end *name*; its own id is no such word."""
     if option.name in (*_WORDS, "qmp", "qmp-pretty"):
         return character.parse(option.value or "").chardev == name
     if option.name not in IMPLIED or option.value is None:

@@ -1,0 +1,201 @@
+"""What came and went at run time is so after a restore, at its place, with the RAM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmpsnap import Engine, Machine
+from qmpsnap.engine.restore import Restoration
+from qmpsnap.engine.wishes import RamChoice, Wishes
+from qmpsnap.hypervisor.machine import inventory
+from qmpsnap.hypervisor.machine.properties import Properties
+from qmpsnap.hypervisor.monitor import Monitor, connect
+from tests.rig.graph import ask, untouched
+from tests.rig.qemu import Running, running
+from tests.rig.wire import witness
+
+SIZE = 1 << 20
+PAUSED = Wishes(ram=RamChoice.PAUSED, max_pause=60)
+Line = list[str]
+COMMON = ["-m", "64,slots=2,maxmem=1G", "-smp", "2,maxcpus=4", "-global", "virtio-rng-pci.period=7"]
+# without -nodefaults: what QEMU adds by itself has to be the same, too
+PC = [
+    *("-M", "pc", *COMMON, "-device", "virtio-rng-pci,id=first", "-vga", "none"),
+    *("-device", "usb-ehci,id=ehci", "-device", "usb-kbd,id=kbd", "-device", "usb-mouse,id=mouse"),
+    *("-device", "virtio-serial-pci,id=vs", "-device", "pci-bridge,chassis_nr=1,id=br0"),
+    *("-device", "virtio-rng-pci"),
+]
+Q35 = [
+    *("-M", "q35", *COMMON, "-nodefaults"),
+    *("-device", '{"driver":"pcie-root-port","id":"rp0","chassis":1}'),
+    *("-device", '{"driver":"pcie-root-port","id":"rp1","chassis":2}'),
+    *("-device", '{"driver":"virtio-scsi-pci","id":"scsi0"}', "-object", "iothread,id=io0"),
+    *("-device", '{"driver":"nec-usb-xhci","id":"xhci"}'),
+    *("-device", '{"driver":"usb-mouse","id":"mouse"}', "-device", '{"driver":"usb-kbd"}'),
+]
+
+
+def image(path: Path, format: str = "qcow2") -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, path, str(SIZE)], check=True)
+    return path
+
+
+def raw(path: Path, node: str) -> dict[str, Any]:
+    return {"driver": "raw", "node-name": node, "file": {"driver": "file", "filename": str(path)}}
+
+
+async def seen(monitor: Monitor) -> dict[str, Any]:
+    """The machine as QEMU tells it, without what is another one's after every restore."""
+    asking = Properties(monitor)
+    devices = {}
+    for one in (await inventory.take(monitor)).devices or []:
+        said = await asking.changed(one.path, one.type)
+        # said by now, where QEMU chose before; and its node is another one after every snapshot
+        said = {key: value for key, value in said.items() if key not in ("port", "drive")}
+        where = {"type": one.type, "bus": one.bus, "addr": one.addr}
+        devices[one.id or f"{one.type} {one.bus} {one.addr}"] = where | said
+    cpus = await monitor.execute("query-hotpluggable-cpus")
+    memory = await monitor.execute("query-memory-devices")
+    block = await monitor.execute("query-block")
+    return {
+        "devices": devices,
+        "cpus": sorted(json.dumps(cpu["props"]) for cpu in cpus if "qom-path" in cpu),
+        "memory": [one["data"] | {"hotplugged": None} for one in memory],
+        "pci": await monitor.execute("query-pci"),
+        "drives": sorted(one["device"] for one in block),
+        "usb": await monitor.execute("human-monitor-command", {"command-line": "info usb"}),
+    }
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    for key, found in one.items():
+        assert found == other[key], key
+
+
+async def plug(vm: Running, driver: str, id: str | None, **more: object) -> None:
+    named = {"driver": driver} | ({"id": id} if id else {})
+    properties = {key.replace("_", "-"): value for key, value in more.items()}
+    await ask(vm.witness, "device_add", named | properties)
+
+
+async def hmp(vm: Running, line: str) -> str:
+    return str(await ask(vm.witness, "human-monitor-command", {"command-line": line}))
+
+
+async def unplug(vm: Running, *ids: str) -> None:
+    """And wait; a reset of the machine stands for a guest that releases what is on PCI."""
+    for id in ids:
+        await ask(vm.witness, "device_del", {"id": id})
+    await ask(vm.witness, "system_reset")
+    there = set(ids)
+    async with asyncio.timeout(30):
+        while there & set(ids):
+            await asyncio.sleep(0.01)
+            listed = await ask(vm.witness, "qom-list", {"path": "/machine/peripheral"})
+            there = {one["name"] for one in listed}
+
+
+async def a_processor(vm: Running, id: str) -> None:
+    """The last place of all gets a vCPU."""
+    (free, *_) = [
+        cpu for cpu in await ask(vm.witness, "query-hotpluggable-cpus") if "qom-path" not in cpu
+    ]
+    await plug(vm, free["type"], id, **free["props"])
+
+
+async def came_and_went_on_pc(vm: Running) -> None:
+    at = vm.dir
+    await unplug(vm, "first", "kbd", "vdgone")
+    await ask(vm.witness, "netdev_add", {"type": "user", "id": "n1", "restrict": True})
+    await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", addr="1c.1")
+    await plug(vm, "e1000", "nic2", mac="52:54:00:00:00:78", romfile="", bus="br0", addr="5")
+    await ask(vm.witness, "blockdev-add", raw(image(at / "h0.raw", "raw"), "h0"))
+    await ask(vm.witness, "object-add", {"qom-type": "iothread", "id": "io1"})
+    await plug(vm, "virtio-blk-pci", "vd9", drive="h0", iothread="io1", num_queues=2, serial="s9")
+    said = await hmp(vm, f"drive_add 0 if=none,id=dx,format=qcow2,file={image(at / 'dx.qcow2')}")
+    assert said.strip() == "OK"
+    await plug(vm, "lsi53c895a", "lsi")
+    await plug(vm, "scsi-hd", "lun9", bus="lsi.0", drive="dx", scsi_id=3)
+    await ask(vm.witness, "blockdev-add", raw(image(at / "st.raw", "raw"), "st"))
+    await plug(vm, "usb-storage", "stick", drive="st", bus="ehci.0")
+    await plug(vm, "usb-tablet", "tablet")
+    socket = {"type": "unix", "data": {"path": f"{at}/late.sock"}}
+    backend = {"type": "socket", "data": {"addr": socket, "server": True, "wait": False}}
+    await ask(vm.witness, "chardev-add", {"id": "late", "backend": backend})
+    await plug(vm, "virtserialport", "port", chardev="late", name="org.late", bus="vs.0")
+    await plug(vm, "virtio-balloon-pci", None, addr="1d")
+    size = {"size": 128 << 20}
+    await ask(vm.witness, "object-add", {"qom-type": "memory-backend-memfd", "id": "m1", **size})
+    await plug(vm, "pc-dimm", "dimm1", memdev="m1", slot=1)
+    await a_processor(vm, "cpu3")
+
+
+async def came_and_went_on_q35(vm: Running) -> None:
+    await unplug(vm, "mouse")
+    await ask(vm.witness, "netdev_add", {"type": "socket", "id": "n1", "listen": "127.0.0.1:0"})
+    await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", bus="rp0")
+    random = {"qom-type": "rng-random", "id": "r1", "filename": "/dev/urandom"}
+    await ask(vm.witness, "object-add", random)
+    await plug(vm, "virtio-rng-pci", "mouse", rng="r1", bus="rp1")  # the id of one that went
+    await ask(vm.witness, "blockdev-add", raw(image(vm.dir / "h0.raw", "raw"), "h0"))
+    await plug(vm, "scsi-hd", "lun9", bus="scsi0.0", drive="h0", lun=7)
+    await plug(vm, "scsi-cd", "cd", bus="scsi0.0")
+    await plug(vm, "usb-tablet", "tablet")
+    await ask(
+        vm.witness, "object-add", {"qom-type": "memory-backend-ram", "id": "m1", "size": SIZE << 7}
+    )
+    await plug(vm, "pc-dimm", "dimm1", memdev="m1")
+    await a_processor(vm, "cpu3")
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+async def test_it_comes_back_with_its_ram_and_can_be_taken_again(
+    qemu: Path, short: Path, store: Path, machine: str
+) -> None:
+    at = short / "vm"
+    at.mkdir()
+    node = "driver=qcow2,node-name=d0,file.driver=file,file.filename"
+    disk = ["-blockdev", f"{node}={image(at / 'd0.qcow2')}", "-device", "virtio-blk-pci,drive=d0"]
+    gone = ["-drive", f"if=none,id=g0,format=raw,file={image(at / 'g0.raw', 'raw')}",
+            "-device", "virtio-blk-pci,drive=g0,id=vdgone"]  # fmt: skip
+    short_form = ["-drive", f"if=virtio,format=raw,file={image(at / 'v0.raw', 'raw')}"]
+    line = [*PC, *gone, *disk, *short_form] if machine == "pc" else [*Q35, *disk]
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with running(qemu, *line, directory=at) as vm:
+        with witness(vm.witness) as eye:
+            eye.until_running(within=10)
+        await (came_and_went_on_pc if machine == "pc" else came_and_went_on_q35)(vm)
+        async with connect(vm.qmp) as monitor:
+            before = await seen(monitor)
+        made = await engine.create(Machine("vm", vm.qmp), PAUSED)
+        await untouched(vm.witness)
+    ready = await engine.prepare_restore("vm", Restoration(short / "one"))
+    async with engine.restored(ready) as back:
+        qmp = back.machine.qmp
+        assert qmp is not None
+        async with connect(qmp) as monitor:
+            same(await seen(monitor), before)
+        again = await engine.create(Machine("again", qmp), PAUSED)
+    wish = Restoration(short / "two")
+    (row,) = [row for row in (await engine.check("again", wish)).rows if row.what == "hotplug"]
+    assert (row.verdict, row.captured) == ("ok", "none")
+    async with (
+        engine.restored(await engine.prepare_restore("again", wish, again.id)) as back,
+        connect(back.machine.qmp) as monitor,  # type: ignore[arg-type]
+    ):
+        same(await seen(monitor), before)
+    wish = Restoration(short / "cold", cold=True)
+    (row,) = [row for row in (await engine.check("vm", wish)).rows if row.what == "hotplug"]
+    assert row.verdict == "ok"
+    assert "nic1" in row.captured
+    cold = await engine.prepare_restore("vm", wish, made.id)
+    async with engine.restored(cold) as back, connect(back.machine.qmp) as monitor:  # type: ignore[arg-type]
+        found = await seen(monitor)
+        assert found["devices"].keys() == before["devices"].keys()
