@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from qmpsnap.engine.details import Details
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import HalfMissing, ManifestError
-from qmpsnap.hypervisor.machine import inventory, records
+from qmpsnap.hypervisor.machine import inventory, records, secrecy
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 
 _FORMAT: Literal["qmpsnap-machine"] = "qmpsnap-machine"
-_VERSION = 1
+_VERSION = 2
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -26,11 +27,12 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The captured machine. *machine_type* is resolved: `pc` became `pc-i440fx-7.2`.
 
     *options* is the command line as typed options, *cwd* the folder its paths start from; both
-    are None when QEMU's process could not be found (then no RAM was taken either).
+    are None when QEMU's process could not be found (then no RAM was taken either). What is secret
+    in them is left out: `details.withheld` has its names. *details* is None in version 1.
     """
 
     format: Literal["qmpsnap-machine"] = "qmpsnap-machine"
-    version: int = 1
+    version: Annotated[int, msgspec.Meta(ge=1, le=_VERSION)] = _VERSION
     vm: str
     qemu_version: str
     qemu_package: str
@@ -41,6 +43,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     hotplugged: list[str]
     unplugged: list[str]
     inventory: inventory.Inventory
+    details: Details | None = None
 
     def command_line(self) -> tuple[CommandLine, Path]:
         """The command line and its folder. Raises HalfMissing if it is not known."""
@@ -52,6 +55,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 def of(facts: Survey) -> Configuration:
     """The configuration of a running VM."""
     line = facts.attached.line if facts.attached else None
+    plain = secrecy.without(line)[0] if line else None
     return Configuration(
         vm=facts.machine.name,
         qemu_version=facts.abilities.version,
@@ -59,10 +63,11 @@ def of(facts: Survey) -> Configuration:
         machine_type=facts.inventory.machine,
         exe=facts.process.exe if facts.process else None,
         cwd=str(facts.attached.cwd) if facts.attached else None,
-        options=records.as_json(line) if line else None,
+        options=records.as_json(plain) if plain else None,
         hotplugged=inventory.hotplugged(facts.inventory, line) if line else [],
         unplugged=inventory.unplugged(facts.inventory, line) if line else [],
         inventory=facts.inventory,
+        details=facts.details,
     )
 
 
@@ -108,3 +113,9 @@ def _missing(whole: Any, there: Any, path: str) -> Iterator[str]:
     elif isinstance(whole, list):
         for index, value in enumerate(whole):
             yield from _missing(value, there[index], f"{path}[{index}]")
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of `machine.json`, by the word that its file is named for."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {_FORMAT: dialect | msgspec.json.schema(Configuration)}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qmpsnap.engine.details import Details, Subject
+from qmpsnap.engine.details import take as take_details
 from qmpsnap.engine.machine import Machine
 from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
@@ -60,7 +62,7 @@ class Site:
 @dataclass(frozen=True, slots=True)
 class Survey:
     """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
-    when the agent answered. *stray*: chains of nodes that no device shows."""
+    when the agent answered. *details*: asked for by whoever records them."""
 
     machine: Machine
     state: runstate.RunState
@@ -75,6 +77,7 @@ class Survey:
     ram_bytes: int
     agent: Path | None
     agent_trouble: str
+    details: Details | None = None
 
 
 async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
@@ -107,6 +110,21 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         agent=agent,
         agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
     )
+
+
+async def detailed(monitor: Monitor, facts: Survey) -> Survey:
+    """*facts* with all the details of the machine, for the record. Raises MonitorLost."""
+    flash = [site for site in facts.sites if site.flash and site.disk.read_only]
+    subject = Subject(
+        seen=facts.inventory,
+        process=facts.process,
+        line=facts.attached.line if facts.attached else None,
+        cwd=facts.attached.cwd if facts.attached else None,
+        flash=[site.paths[0] for site in flash if site.paths],
+        agent=facts.agent,
+        deaf=bool(facts.agent_trouble),
+    )
+    return replace(facts, details=await take_details(monitor, subject))
 
 
 def _ram_bytes(seen: inventory.Inventory) -> int:
