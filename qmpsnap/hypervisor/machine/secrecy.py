@@ -14,7 +14,7 @@ from qmpsnap.hypervisor.machine.options import DRIVES, IMPLIED, fields_of, optio
 _SECRETS = frozenset({"password", "x509-key-password"})
 _YES_OR_NO = frozenset({"on", "off", "yes", "no", "true", "false", "y", "n"})
 _IMAGES = frozenset({*DRIVES, "blockdev", "iscsi"})
-_IN_URL = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^/@\s:%]*)[:%][^/@\s]*@")  # iscsi has the %
+_IN_URL = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^/@\s:%]*)[:%][^/\s]*@")  # iscsi has the %
 _IN_RBD = re.compile(r":key=[^:]*")
 _JSON = "json:"
 

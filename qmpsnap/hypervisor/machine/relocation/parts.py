@@ -48,7 +48,8 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
 def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
     """-object: kept, with what it writes moved.
 
-    Raises Blocked for memory whose file the original's guest would share.
+    Raises Blocked for memory whose file the original's guest would share, and for a secret that
+    is in no file.
     """
     view = Object.of(option)
     kind, fields = view.qom_type or "", view.fields
@@ -60,6 +61,8 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         return []
     if kind == "memory-backend-file" and fields.on("share") and not fields.on("readonly"):
         raise Blocked(f"{name}: share=on would write into the original's memory")
+    if kind == "secret":
+        fields = _secret(scene, fields, name)
     if path := fields.get("mem-path"):
         fields = fields.set("mem-path", scene.made(path))
     for key in ("dir", "filename", "path"):
@@ -69,6 +72,18 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         moved = scene.move(file) if kind == "filter-dump" else scene.absolute(file)
         fields = fields.set("file", moved)
     return [_changed(option, view.fields, fields)]
+
+
+def _secret(scene: Scene, fields: Fields, name: str) -> Fields:
+    given = scene.secrets.get(fields.get("id") or "")
+    if given is not None:
+        return fields.without("data").set("file", str(given))
+    if not fields.has("file") and not fields.has("data"):
+        raise Blocked(
+            f"{name}: it was given on the command line, and secrets are in no snapshot",
+            hint=f"`restore --secret {fields.get('id')}=FILE` has it read from a file",
+        )
+    return fields
 
 
 def shared_folder(scene: Scene, _index: int, option: Option) -> list[Option]:
