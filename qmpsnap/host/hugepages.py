@@ -28,11 +28,19 @@ def default(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def free_bytes(pools: Path = _POOLS) -> dict[int, int]:
-    """What is free of each pool, and nobody has reserved, by the bytes of its pages."""
+    """What can be had of each pool, by the bytes of its pages.
+
+    That is what is free and nobody has reserved, and what the kernel may add to the pool.
+    """
     found = {}
     for pool in pools.glob("hugepages-*kB"):
         size = kernelfile.whole(pool.name.removeprefix("hugepages-").removesuffix("kB"))
-        free, reserved = (kernelfile.number(pool / f"{one}_hugepages") for one in ("free", "resv"))
-        if size is not None and free is not None:
-            found[size << 10] = max(0, free - (reserved or 0)) * (size << 10)
+        free = kernelfile.number(pool / "free_hugepages")
+        if size is None or free is None:
+            continue
+        taken, more, added = (
+            kernelfile.number(pool / name) or 0
+            for name in ("resv_hugepages", "nr_overcommit_hugepages", "surplus_hugepages")
+        )
+        found[size << 10] = max(0, free - taken + more - added) * (size << 10)
     return found
