@@ -195,7 +195,14 @@ async def _nodes(line: CommandLine, seen: Inventory, backends: list[Backend] | N
 
 async def _tree(asking: Asking, devices: list[Found], seen: Inventory) -> list[TreeDevice]:
     kinds = frozenset(one.type for one in seen.devices or [])
-    return tree.typed(devices, await printed.changed(asking, devices, kinds))
+    found = tree.typed(devices, await printed.changed(asking, devices, kinds))
+    # DIMMs and CPUs are on no bus, and so in no tree
+    known = {one.id for one in found}
+    return found + [
+        TreeDevice(type=one.type, id=one.id, address=one.addr)
+        for one in seen.devices or []
+        if one.id and one.id not in known
+    ]
 
 
 async def _board(line: CommandLine) -> Board:

@@ -31,11 +31,11 @@ class TreeDevice(msgspec.Struct, frozen=True, kw_only=True):
 
     type: str
     id: str | None
-    bus: str | None
-    bus_type: str | None
-    address: str | None
-    parent: str | None
-    properties: dict[str, Any] | None
+    bus: str | None = None
+    bus_type: str | None = None
+    address: str | None = None
+    parent: str | None = None
+    properties: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
