@@ -23,6 +23,7 @@ Examples:
   qmpsnap restore web 20261122T1650 --to /srv/back --detach
   qmpsnap restore web --to /srv/back --check
   qmpsnap restore web --to /srv/copy --cold --standalone --no-start
+  qmpsnap restore web --to /srv/back --secret key0=/etc/keys/web
 
 \b
 Exit codes: 0 the machine ended by itself, or runs on with --detach, or --check found
@@ -113,6 +114,15 @@ async def restore(
             show_default=False,
         ),
     ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=FILE",
+            help="File to read -object secret ID from, for one that the VM was given on its "
+            "command line, which no snapshot holds; may be repeated. Default: where it was.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Bring a VM back from a snapshot, beside the original, which may go on running.
 
@@ -134,6 +144,7 @@ async def restore(
         revision=revision,
         qmp=qmp_socket.absolute() if qmp_socket else None,
         qemu=qemu.absolute() if qemu else None,
+        secrets=dict(map(_secret, secret or [])),
     )
     if check:
         _show_fitness(out, await engine.check(vm, wish, snapshot(id)))
@@ -152,6 +163,15 @@ async def restore(
             out.notice("the machine runs; Ctrl-C ends it")
             await back.process.exited()
             out.notice("the machine has ended")
+
+
+def _secret(word: str) -> tuple[str, Path]:
+    from qmpsnap.errors import UsageError
+
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"--secret {word}: not ID=FILE")
+    return name, Path(path).absolute()
 
 
 def _show_fitness(out: Output, found: Fitness) -> None:

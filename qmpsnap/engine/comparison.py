@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-import msgspec
-
+from qmpsnap.engine import likeness
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.here import Here
 from qmpsnap.engine.restoration import Ready
 from qmpsnap.engine.room import growth
+from qmpsnap.engine.verdict import Row as Row
+from qmpsnap.engine.verdict import row
 from qmpsnap.host.headroom import Ceiling
 from qmpsnap.hypervisor.machine.binary import Binary
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
-from qmpsnap.hypervisor.machine.options import Device, Machine, fields_of
+from qmpsnap.hypervisor.machine.options import Device, Machine, accelerators, fields_of
 from qmpsnap.hypervisor.machine.relocation.scene import SOCKET_PATH
 from qmpsnap.units import in_bytes
-
-Verdict = Literal["ok", "differs", "blocks"]
 
 _OVERLAY = 256 << 10  # bytes of a new overlay, of an empty disk's image, and of their folder
 _DEFAULT_BRIDGE = "br0"  # net/net.c
 _NODES = {"vhost-vsock": "/dev/vhost-vsock"}  # devices that cannot do without a node of the host
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that a restore needs: as it was captured, as it is here, and what follows.
-
-    *differs*: the restore goes on, and *why* should be known. *blocks*: it is refused.
-    """
-
-    what: str
-    captured: str
-    here: str
-    verdict: Verdict
-    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +56,7 @@ def compare(captured: Captured, here: Here) -> list[Row]:
             _accelerator(captured, here, here.binary),
             _devices(captured, here, here.binary),
         ]
+    rows += likeness.compare(captured.machine.details, here, cold=captured.cold)
     rows += [_memory(captured, here)]
     rows += [_under(captured, here, one) for one in here.headroom.ceilings]
     rows += [_cpus(captured, here), _disk_space(captured, here), *_files(captured, here)]
@@ -79,7 +65,7 @@ def compare(captured: Captured, here: Here) -> list[Row]:
 
 def _qemu(captured: Captured, here: Here) -> Row:
     path = captured.line.binary
-    return _row("QEMU", captured.machine.exe, path, blocks=here.binary_trouble)
+    return row("QEMU", captured.machine.exe, path, blocks=here.binary_trouble)
 
 
 def _version(captured: Captured, binary: Binary) -> Row:
@@ -89,16 +75,16 @@ def _version(captured: Captured, binary: Binary) -> Row:
         why = f"{now} is older than {was}, and may not know what that has saved"
     elif was != now:
         why = f"{now} is newer than {was}; a machine of the same type is made to come back on it"
-    return _row("QEMU version", was, now, differs=why)
+    return row("QEMU version", was, now, differs=why)
 
 
 def _machine_type(captured: Captured, binary: Binary) -> Row:
     wanted = next((Machine.of(one).type for one in captured.line.all("machine")), None)
     if wanted is None:
-        return _row("machine type", None, None, differs="which one it was is not known")
+        return row("machine type", None, None, differs="which one it was is not known")
     known = wanted in binary.machines
     why = "" if known else f"QEMU {binary.version} has no machine type {wanted}"
-    return _row("machine type", wanted, wanted if known else "none", blocks=why)
+    return row("machine type", wanted, wanted if known else "none", blocks=why)
 
 
 def _model(captured: Captured, here: Here, binary: Binary) -> Iterator[Row]:
@@ -107,16 +93,16 @@ def _model(captured: Captured, here: Here, binary: Binary) -> Iterator[Row]:
     if model is None:
         return
     if binary.cpus and model not in binary.cpus:
-        yield _row("CPU model", model, "none", blocks=f"QEMU {binary.version} has no {model}")
+        yield row("CPU model", model, "none", blocks=f"QEMU {binary.version} has no {model}")
         return
     why = ""
     if model == "host" and captured.host != here.id:
         why = "its features are those of the host it ran on; this is another host"
-    yield _row("CPU model", model, model, differs=why)
+    yield row("CPU model", model, model, differs=why)
 
 
 def _accelerator(captured: Captured, here: Here, binary: Binary) -> Row:
-    asked = _accelerators(captured.line)
+    asked = accelerators(captured.line)
     trouble = {one: f"QEMU {binary.version} has no {one}" for one in asked}
     trouble |= dict.fromkeys(binary.accelerators, "")
     trouble["kvm"] = trouble.get("kvm") or here.troubles.get("/dev/kvm", "")
@@ -124,13 +110,13 @@ def _accelerator(captured: Captured, here: Here, binary: Binary) -> Row:
     now = next((one for one in asked if not trouble[one]), None)
     if now is None:
         why = "; ".join(trouble[one] for one in asked)
-        return _row("accelerator", was or asked[0], "none", blocks=why)
+        return row("accelerator", was or asked[0], "none", blocks=why)
     if was in (None, now):
-        return _row("accelerator", was, now)
+        return row("accelerator", was, now)
     why = f"it ran on {was}, and would run on {now}: {trouble.get(str(was)) or 'as asked'}"
     if was == "kvm" and not captured.cold:
-        return _row("accelerator", was, now, blocks=f"{why}; what KVM has saved only KVM takes")
-    return _row("accelerator", was, now, differs=why)
+        return row("accelerator", was, now, blocks=f"{why}; what KVM has saved only KVM takes")
+    return row("accelerator", was, now, differs=why)
 
 
 def _devices(captured: Captured, here: Here, binary: Binary) -> Row:
@@ -141,7 +127,7 @@ def _devices(captured: Captured, here: Here, binary: Binary) -> Row:
         if any(one.startswith(start) for one in drivers) and node in here.troubles:
             why = why or here.troubles[node]
     known = f"{len(drivers) - len(unknown)} known"
-    return _row("devices", f"{len(drivers)} drivers", known, blocks=why)
+    return row("devices", f"{len(drivers)} drivers", known, blocks=why)
 
 
 def _memory(captured: Captured, here: Here) -> Row:
@@ -150,16 +136,16 @@ def _memory(captured: Captured, here: Here) -> Row:
     told = f"{in_bytes(room.memory_free_bytes)} free, {in_bytes(room.swap_free_bytes)} of swap"
     if needed is None:
         why = "how much memory the VM used is not known"
-        return _row("memory", None, told, differs=why)
+        return row("memory", None, told, differs=why)
     was = f"{in_bytes(needed)} used of {in_bytes(ram)} RAM"
     free = room.memory_free_bytes
     if needed > free:
         why = f"the VM used {in_bytes(needed)}, and only {in_bytes(free)} are free"
         if captured.cold or needed <= free + room.swap_free_bytes:
-            return _row("memory", was, told, differs=f"{why}: this host would swap")
-        return _row("memory", was, told, blocks=f"{why}, also with swap")
+            return row("memory", was, told, differs=f"{why}: this host would swap")
+        return row("memory", was, told, blocks=f"{why}, also with swap")
     why = f"the guest's RAM may grow to {in_bytes(ram)}" if ram and ram > free else ""
-    return _row("memory", was, told, differs=why)
+    return row("memory", was, told, differs=why)
 
 
 def _under(captured: Captured, here: Here, ceiling: Ceiling) -> Row:
@@ -172,10 +158,10 @@ def _under(captured: Captured, here: Here, ceiling: Ceiling) -> Row:
     if needed is not None and needed > left:
         why = f"the VM used {in_bytes(needed)}, and this group of ours has {in_bytes(left)} left"
         if captured.cold or needed <= left + swap:
-            return _row(what, in_bytes(needed), told, differs=why)
-        return _row(what, in_bytes(needed), told, blocks=why)
+            return row(what, in_bytes(needed), told, differs=why)
+        return row(what, in_bytes(needed), told, blocks=why)
     why = f"the guest's RAM may grow to {in_bytes(ram)}" if ram and ram > left else ""
-    return _row(what, in_bytes(needed), told, differs=why)
+    return row(what, in_bytes(needed), told, differs=why)
 
 
 def _cpus(captured: Captured, here: Here) -> Row:
@@ -183,7 +169,7 @@ def _cpus(captured: Captured, here: Here) -> Row:
     count = None if cpus is None else len(cpus)
     now = here.headroom.cpu_count
     why = "fewer than the guest has: it will be slower" if count and count > now else ""
-    return _row("CPUs", None if count is None else str(count), str(now), differs=why)
+    return row("CPUs", None if count is None else str(count), str(now), differs=why)
 
 
 def _disk_space(captured: Captured, here: Here) -> Row:
@@ -196,10 +182,10 @@ def _disk_space(captured: Captured, here: Here) -> Row:
     told = f"{in_bytes(here.free_bytes)} free"
     if here.free_bytes < needed:
         why = f"{ready.wish.to}: {in_bytes(needed)} are needed, {told}"
-        return _row("disk space", was, told, blocks=why)
+        return row("disk space", was, told, blocks=why)
     soon = needed + sum(map(growth, [*sizes, *empty]))
     why = f"{ready.wish.to}: a guest that writes much fills it up, and is stopped then"
-    return _row("disk space", was, told, differs=why if here.free_bytes < soon else "")
+    return row("disk space", was, told, differs=why if here.free_bytes < soon else "")
 
 
 def _files(captured: Captured, here: Here) -> Iterator[Row]:
@@ -208,10 +194,10 @@ def _files(captured: Captured, here: Here) -> Iterator[Row]:
     wrong = [name for name in names if name in here.troubles]
     if len(names) > len(wrong):
         count = str(len(names) - len(wrong))
-        yield _row("files it reads", count, count)
+        yield row("files it reads", count, count)
     for name in wrong:
         why = f"{name} {here.troubles[name]}"
-        yield _row(f"file {name}", "read", "-", blocks=why)
+        yield row(f"file {name}", "read", "-", blocks=why)
 
 
 def _networks(captured: Captured, here: Here) -> Iterator[Row]:
@@ -222,11 +208,11 @@ def _networks(captured: Captured, here: Here) -> Iterator[Row]:
             bridge = fields.get("br") or _DEFAULT_BRIDGE
             there = bridge in here.interfaces
             why = "" if there else f"there is no bridge {bridge} on this host"
-            yield _row(name, bridge, bridge if there else "none", blocks=why)
+            yield row(name, bridge, bridge if there else "none", blocks=why)
         elif fields.get("type") == "tap":
             why = "" if not here.tap_trouble else f"{name}: {here.tap_trouble}"
             slow = here.troubles.get("/dev/vhost-net", "") if fields.on("vhost") else ""
-            yield _row(name, "tap", "a tap of its own", blocks=why, differs=slow)
+            yield row(name, "tap", "a tap of its own", blocks=why, differs=slow)
 
 
 def _sockets(captured: Captured) -> Iterator[Row]:
@@ -234,23 +220,10 @@ def _sockets(captured: Captured) -> Iterator[Row]:
     why = ""
     if len(str(qmp).encode()) > SOCKET_PATH:
         why = f"{qmp}: a socket's path has at most {SOCKET_PATH} bytes"
-    yield _row("QMP socket", None, str(qmp), blocks=why)
+    yield row("QMP socket", None, str(qmp), blocks=why)
     if moved:
         here = f"{len(moved)} under {captured.ready.wish.to}"
-        yield _row("files and sockets of its own", str(len(moved)), here)
-
-
-def _row(
-    what: str, captured: str | None, here: str | None, *, blocks: str = "", differs: str = ""
-) -> Row:
-    verdict: Verdict = "blocks" if blocks else "differs" if differs else "ok"
-    return Row(
-        what=what,
-        captured=captured or "-",
-        here=here or "-",
-        verdict=verdict,
-        why=blocks or differs,
-    )
+        yield row("files and sockets of its own", str(len(moved)), here)
 
 
 def _ram(machine: Configuration) -> int | None:
@@ -271,17 +244,6 @@ def _model_of(machine: Configuration) -> str | None:
     # a QOM type: Haswell-v4-x86_64-cpu
     kind = machine.inventory.cpu_type or ""
     return kind.removesuffix("-cpu").rpartition("-")[0] or None if kind.endswith("-cpu") else None
-
-
-def _accelerators(line: CommandLine) -> list[str]:
-    """What the command line asks for, in QEMU's order; without a word it is TCG."""
-    asked: list[str] = []
-    for option in line.options:
-        if option.name == "enable-kvm":
-            asked.append("kvm")
-        elif option.name in ("accel", "machine"):
-            asked += [one for one in (fields_of(option).get("accel") or "").split(":") if one]
-    return asked or ["tcg"]
 
 
 def _number(version: str) -> tuple[int, ...]:

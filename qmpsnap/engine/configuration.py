@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from qmpsnap.engine import reconciliation
+from qmpsnap.engine.details import Details
 from qmpsnap.engine.reconciliation import Reconciliation
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import HalfMissing, ManifestError
-from qmpsnap.hypervisor.machine import records
+from qmpsnap.hypervisor.machine import records, secrecy
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.inventory import Inventory
 
@@ -29,13 +30,14 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The captured machine. *machine_type* is resolved: `pc` became `pc-i440fx-7.2`.
 
     *options* is the command line as typed options, *cwd* the folder its paths start from; both
-    are None when QEMU's process could not be found (then no RAM was taken either). *hotplugged*
-    and *unplugged* came and went at run time; *reconciled* is None where nothing did, and in
-    version 1, which did not know how to bring such a machine back.
+    are None when QEMU's process could not be found (then no RAM was taken either). What is secret
+    in them is left out: `details.withheld` has its names. *hotplugged* and *unplugged* came and
+    went at run time; *reconciled* is None where nothing did. Version 1 has neither *reconciled*
+    nor *details*, and did not know how to bring a machine back whose devices came and went.
     """
 
     format: Literal["qmpsnap-machine"] = "qmpsnap-machine"
-    version: int = _VERSION
+    version: Annotated[int, msgspec.Meta(ge=1, le=_VERSION)] = _VERSION
     vm: str
     qemu_version: str
     qemu_package: str
@@ -47,6 +49,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     unplugged: list[str]
     inventory: Inventory
     reconciled: Reconciliation | None = None
+    details: Details | None = None
 
     def command_line(self) -> tuple[CommandLine, Path]:
         """A command line that makes this machine, and its folder.
@@ -62,6 +65,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 def of(facts: Survey) -> Configuration:
     """The configuration of a running VM."""
     line = facts.attached.line if facts.attached else None
+    plain = secrecy.without(line)[0] if line else None
     return Configuration(
         vm=facts.machine.name,
         qemu_version=facts.abilities.version,
@@ -69,11 +73,12 @@ def of(facts: Survey) -> Configuration:
         machine_type=facts.inventory.machine,
         exe=facts.process.exe if facts.process else None,
         cwd=str(facts.attached.cwd) if facts.attached else None,
-        options=records.as_json(line) if line else None,
+        options=records.as_json(plain) if plain else None,
         hotplugged=list(facts.reconciled.plugged) if facts.reconciled else [],
         unplugged=list(facts.reconciled.unplugged) if facts.reconciled else [],
         inventory=facts.inventory,
         reconciled=reconciliation.of(facts.reconciled),
+        details=facts.details,
     )
 
 
@@ -119,3 +124,9 @@ def _missing(whole: Any, there: Any, path: str) -> Iterator[str]:
     elif isinstance(whole, list):
         for index, value in enumerate(whole):
             yield from _missing(value, there[index], f"{path}[{index}]")
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of `machine.json`, by the word that its file is named for."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {_FORMAT: dialect | msgspec.json.schema(Configuration)}

@@ -102,6 +102,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             id = next_id(roots, machine)
             points = await asyncio.to_thread(read_points, roots.local, machine.name)
             made = await _plan(roots, facts, wishes, id, points)
+            facts = await survey.detailed(monitor, facts)
             await asyncio.to_thread(_warn_of_restart, roots, facts)
             await asyncio.to_thread(
                 identity.bind,

@@ -11,13 +11,14 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.engine import configuration, here, restoration, usage
-from qmpsnap.engine.comparison import Captured, Row, compare
+from qmpsnap.engine.comparison import Captured, compare
 from qmpsnap.engine.half import Glanced, Pair, open_pair
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE, USAGE
 from qmpsnap.engine.usage import Usage
+from qmpsnap.engine.verdict import Row
 from qmpsnap.errors import (
     Blocked,
     DamagedData,
@@ -163,7 +164,7 @@ async def _compared(
     if ready is None:
         return
     found._ready = ready
-    facts = await here.look(ready, chains)
+    facts = await here.look(ready, machine, chains)
     found.rows += compare(Captured(machine, ready, used, pair.manifest.host), facts)
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from qmpsnap.engine import firmware
+from qmpsnap.engine.configuration import Configuration
+from qmpsnap.engine.firmware import FirmwareFile
 from qmpsnap.engine.restoration import Ready
 from qmpsnap.engine.roots import host_id
 from qmpsnap.errors import Blocked
-from qmpsnap.host import filesystem, headroom
+from qmpsnap.host import filesystem, headroom, hugepages
 from qmpsnap.host.headroom import Headroom
-from qmpsnap.hypervisor.machine import binary
+from qmpsnap.hypervisor.machine import binary, features
 from qmpsnap.hypervisor.machine.binary import Binary
+from qmpsnap.hypervisor.machine.options import accelerators
 from qmpsnap.store.manifest import Image
 
 NODES = ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock")
@@ -27,7 +31,9 @@ class Here:
     *troubles*: why a device node, or a file that the machine opens, cannot be opened; what is not
     in it, can. *tap_trouble*: why we cannot make a tap. *copied_bytes* is what the images take
     that a standalone restore copies. *binary* is None for a QEMU that does not run:
-    *binary_trouble*.
+    *binary_trouble*. *accelerator* is the one that it would run on, *cpu_features* what it can
+    give to a guest then, None if not known. *firmware* is what it would load, by the captured
+    names; *huge_free_bytes* what is free of huge pages, by their size.
     """
 
     id: str
@@ -39,19 +45,24 @@ class Here:
     tap_trouble: str
     interfaces: frozenset[str]
     copied_bytes: int
+    accelerator: str = "tcg"
+    cpu_features: frozenset[str] | None = None
+    firmware: Mapping[str, FirmwareFile] = field(default_factory=dict)
+    huge_free_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
-async def look(ready: Ready, chains: Sequence[Sequence[Image]]) -> Here:
-    """Now, for the machine *ready* on the images *chains*; nothing is changed.
+async def look(ready: Ready, machine: Configuration, chains: Sequence[Sequence[Image]]) -> Here:
+    """Now, for the *machine* that *ready* starts on the images *chains*; nothing is changed.
 
     Raises LocalFailed when this host does not tell.
     """
-    known, trouble, folders = None, "", []
+    known, trouble, folders, given = None, "", list[Path](), None
     path = Path(ready.relocated.cmdline.binary)
     looking = asyncio.create_task(asyncio.to_thread(_looked, ready, chains))
     try:
-        known = await binary.ask(path)
-        folders = await binary.folders(path) if ready.relocated.roms else []
+        known, folders, given = await asyncio.gather(
+            binary.ask(path), _folders(path, ready, machine), _features(path, ready, machine)
+        )
     except Blocked as refused:
         trouble = str(refused)
     finally:
@@ -67,7 +78,39 @@ async def look(ready: Ready, chains: Sequence[Sequence[Image]]) -> Here:
         tap_trouble=seen.tap_trouble,
         interfaces=seen.interfaces,
         copied_bytes=seen.copied_bytes,
+        accelerator=_accelerator(ready),
+        cpu_features=given,
+        firmware=await asyncio.to_thread(_firmware, ready, machine, folders),
+        huge_free_bytes=seen.huge_free_bytes,
     )
+
+
+async def _folders(path: Path, ready: Ready, machine: Configuration) -> list[Path]:
+    named = ready.relocated.roms or (machine.details and machine.details.firmware)
+    return await binary.folders(path) if named else []
+
+
+async def _features(path: Path, ready: Ready, machine: Configuration) -> frozenset[str] | None:
+    cpu = machine.details.cpu if machine.details else None
+    return await features.available(path, _accelerator(ready), cpu.name) if cpu else None
+
+
+def _accelerator(ready: Ready) -> str:
+    """The first of those asked for that can be used."""
+    asked = accelerators(ready.relocated.cmdline)
+    usable = [one for one in asked if one != "kvm" or not headroom.node_trouble(Path("/dev/kvm"))]
+    return next(iter(usable), "tcg")
+
+
+def _firmware(
+    ready: Ready, machine: Configuration, folders: Sequence[Path]
+) -> dict[str, FirmwareFile]:
+    if machine.details is None or not machine.details.firmware:
+        return {}
+    cwd = Path(machine.cwd or "/")
+    where = firmware.places(ready.relocated.cmdline, cwd, folders)
+    found = firmware.examine([one.name for one in machine.details.firmware], where)
+    return {one.name: one for one in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +121,7 @@ class _Seen:
     tap_trouble: str
     interfaces: frozenset[str]
     copied_bytes: int
+    huge_free_bytes: dict[int, int]
 
 
 def _looked(ready: Ready, chains: Sequence[Sequence[Image]]) -> _Seen:
@@ -90,6 +134,7 @@ def _looked(ready: Ready, chains: Sequence[Sequence[Image]]) -> _Seen:
         tap_trouble=headroom.tap_trouble(),
         interfaces=headroom.interfaces(),
         copied_bytes=sum(map(_copied, chains)),
+        huge_free_bytes=hugepages.free_bytes(),
     )
 
 

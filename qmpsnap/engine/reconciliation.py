@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.hypervisor.machine import records
+from qmpsnap.hypervisor.machine import records, secrecy
 from qmpsnap.hypervisor.machine.reconcile import Reconciled
 
 
@@ -29,7 +29,7 @@ def of(found: Reconciled | None) -> Reconciliation | None:
     if found is None:
         return None
     return Reconciliation(
-        options=records.as_json(found.line),
+        options=records.as_json(secrecy.without(found.line)[0]),
         origins=dict(found.origins),
         troubles=list(found.troubles),
         notes=list(found.notes),

@@ -23,7 +23,8 @@ class Restoration:
 
     *cold*: boot from the disks, without the RAM. *standalone*: full copies instead of overlays.
     *qmp*: where the new QEMU's monitor listens (default: qmp.sock in *to*). *qemu*: another
-    QEMU binary than the captured one. *isolated*: its network cards lead nowhere.
+    QEMU binary than the captured one. *isolated*: its network cards lead nowhere. *secrets*: the
+    file to read each -object secret from, by its id, where the captured machine had it in none.
     """
 
     to: Path
@@ -33,6 +34,7 @@ class Restoration:
     qmp: Path | None = None
     qemu: Path | None = None
     isolated: bool = False
+    secrets: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,9 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
         paused=False,
         qmp=qmp,
         isolated=wish.isolated,
+        secrets=wish.secrets,
     )
+    relocated.notices.extend(_withheld(machine))
     binary = wish.qemu or Path(relocated.cmdline.binary)
     if not binary.exists():
         found = shutil.which(binary.name)
@@ -149,6 +153,13 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
     notices = [*known.notes, *(f"left out: {one}" for one in known.troubles)] if known else []
     notices += relocated.notices
     return Ready(pair, wish, replace(relocated, cmdline=cmdline, notices=notices), qmp)
+
+
+def _withheld(machine: Configuration) -> list[str]:
+    """What the machine will not have, since secrets are in no snapshot."""
+    words = machine.details.withheld if machine.details else []
+    # an object without its secret is refused, if it was not given anew
+    return [f"{one}: is in no snapshot" for one in words if not one.startswith("-object ")]
 
 
 def places(pair: Pair, to: Path) -> Mapping[str, Path]:

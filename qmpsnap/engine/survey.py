@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qmpsnap.engine.details import Details, Subject
+from qmpsnap.engine.details import take as take_details
 from qmpsnap.engine.machine import Machine
 from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
@@ -62,7 +64,7 @@ class Site:
 class Survey:
     """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
     when the agent answered. *reconciled* is None where the command line says all of the machine, or
-    is not known."""
+    is not known. *details*: asked for by whoever records them."""
 
     machine: Machine
     state: runstate.RunState
@@ -78,6 +80,7 @@ class Survey:
     agent: Path | None
     agent_trouble: str
     reconciled: reconcile.Reconciled | None = None
+    details: Details | None = None
 
 
 async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
@@ -124,6 +127,21 @@ async def _reconciled(
         return None
     images = [Image(s.disk, s.origin, s.paths[s.layers] if s.paths else "") for s in sites]
     return await reconcile.reconcile(monitor, seen, attached.line, images, block.nodes)
+
+
+async def detailed(monitor: Monitor, facts: Survey) -> Survey:
+    """*facts* with all the details of the machine, for the record. Raises MonitorLost."""
+    flash = [site for site in facts.sites if site.flash and site.disk.read_only]
+    subject = Subject(
+        seen=facts.inventory,
+        process=facts.process,
+        line=facts.attached.line if facts.attached else None,
+        cwd=facts.attached.cwd if facts.attached else None,
+        flash=[site.paths[0] for site in flash if site.paths],
+        agent=facts.agent,
+        deaf=bool(facts.agent_trouble),
+    )
+    return replace(facts, details=await take_details(monitor, subject))
 
 
 def _ram_bytes(seen: inventory.Inventory) -> int:

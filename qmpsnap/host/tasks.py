@@ -118,7 +118,7 @@ def usage(pid: int, *, proc: Path = PROC) -> ProcessUsage:
         # the process' own status file tells those of its main thread alone
         voluntary_switch_count=_summed(status, "voluntary_ctxt_switches"),
         involuntary_switch_count=_summed(status, "nonvoluntary_ctxt_switches"),
-        cpu_affinity=_affinity(pid),
+        cpu_affinity=affinity(pid),
     )
 
 
@@ -155,7 +155,7 @@ def _named(
 ) -> list[ThreadUsage]:
     there = [(name, seen.get(thread)) for name, thread in names]
     return [
-        msgspec.structs.replace(one, name=name, cpu_affinity=_affinity(one.thread_id))
+        msgspec.structs.replace(one, name=name, cpu_affinity=affinity(one.thread_id))
         for name, one in there
         if one is not None
     ]
@@ -220,7 +220,8 @@ def _summed(tables: Iterable[dict[str, str]], name: str) -> int | None:
     return sum(found) if found else None
 
 
-def _affinity(thread: int) -> list[int] | None:
+def affinity(thread: int) -> list[int] | None:
+    """The CPUs that *thread* may run on (sched_getaffinity(2)); None when it is gone."""
     try:
         return sorted(os.sched_getaffinity(thread))
     except OSError:

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qmpsnap.engine.configuration import decode, encode
+from qmpsnap.engine.configuration import decode, encode, schemas
+from qmpsnap.engine.details import Details
 from qmpsnap.engine.reconciliation import Reconciliation
 from qmpsnap.errors import ManifestError
 from qmpsnap.hypervisor.machine.inventory import (
@@ -20,6 +21,9 @@ from qmpsnap.hypervisor.machine.inventory import (
     MemoryBackend,
     PciFunction,
 )
+from tests.rig.qemu import ROOT
+from tests.rig.schema import wrong
+from tests.unit.machine_details import DETAILS
 from tests.unit.test_comparison import inventory, machine
 
 MACHINE = machine(
@@ -29,7 +33,8 @@ MACHINE = machine(
         chardevs=[ChardevFacts(label="serial0", filename="null", frontend_open=True)],
         iothreads=[Iothread(id="io0", thread_id=8)],
         memory_backends=[MemoryBackend(size=1 << 20)],
-    )
+    ),
+    details=DETAILS,
 )
 WHOLE = msgspec.structs.replace(
     MACHINE,
@@ -41,17 +46,19 @@ WHOLE = msgspec.structs.replace(
         notes=["netdev n1: a tap without vhost"],
     ),
 )
+# what QEMU calls things by, and not we
+FREE = {"options", "origins", "props", "values", "properties", "format_specific", "fields"}
 TREE = json.loads(encode(WHOLE))
 
 
 def keys(tree: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
-    """The way to each key; QEMU's own options are free in what they say."""
+    """The way to each key; QEMU's own options and properties are free in what they say."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in pairs:
         here = (*path, key)
         if isinstance(tree, dict):
             yield here
-        if isinstance(value, dict | list) and key not in ("options", "origins"):
+        if isinstance(value, dict | list) and key not in FREE:
             yield from keys(value, *here)
 
 
@@ -60,7 +67,8 @@ KEYS = list(keys(TREE))
 
 def test_it_comes_back_as_it_was() -> None:
     assert decode(encode(WHOLE), "machine.json") == WHOLE
-    assert len(KEYS) > 50
+    assert len(KEYS) > 200
+    assert all(getattr(DETAILS, key) for key in Details.__struct_fields__ if key != "withheld")
 
 
 @pytest.mark.parametrize("path", KEYS, ids=lambda path: ".".join(map(str, path)))
@@ -114,8 +122,25 @@ def test_of_what_came_and_went_the_command_line_is_another_one() -> None:
 
 def test_one_of_an_older_version_may_lack_what_came_later() -> None:
     tree = copy.deepcopy(TREE)
-    del tree["inventory"]["memory_backends"][0]["prealloc"], tree["reconciled"]
+    del tree["inventory"]["memory_backends"][0]["prealloc"], tree["reconciled"], tree["details"]
     tree["version"] = 1
-    older = msgspec.structs.replace(WHOLE, version=1, reconciled=None)
+    older = msgspec.structs.replace(WHOLE, version=1, reconciled=None, details=None)
     assert decode(json.dumps(tree), "machine.json") == older
     assert older.command_line() == MACHINE.command_line()
+
+
+def test_the_committed_schema_is_current() -> None:
+    for word, schema in schemas().items():
+        committed = ROOT / "docs/schemas" / f"{word}.json"
+        assert json.loads(committed.read_text()) == schema, "run scripts/schemas"
+
+
+def test_the_schema_takes_what_is_written_and_nothing_else() -> None:
+    schema = schemas()["qmpsnap-machine"]
+    assert wrong(TREE, schema) == []
+    for key in TREE["details"]:
+        other = copy.deepcopy(TREE)
+        other["details"][key] = 7
+        assert f"$.details.{key}" in " ".join(wrong(other, schema))
+        del other["details"][key]
+        assert f"$.details.{key} is missing" in wrong(other, schema)

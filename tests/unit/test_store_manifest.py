@@ -112,7 +112,11 @@ def test_what_could_not_be_read_is_not_written():
 
 def test_the_committed_schemas_are_current():
     folder = Path(__file__).parents[2] / "docs" / "schemas"
-    assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, "qmpsnap-usage"}
+    assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {
+        *KINDS,
+        "qmpsnap-machine",
+        "qmpsnap-usage",
+    }
     for word, schema in schemas().items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from qmpsnap.errors import CommandRefused, ReplyMalformed
+from qmpsnap.errors import ReplyMalformed
+from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.monitor import Monitor
-
-T = TypeVar("T")
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +96,7 @@ async def take(monitor: Monitor) -> Inventory:
 
     Raises MonitorLost, or ReplyMalformed where an answer is not what QEMU's schema promises.
     """
-    asking = _Asking(monitor)
+    asking = Asking(monitor)
     version = await monitor.execute("query-version")
     cpus = await asking.ask("query-cpus-fast", list[Cpu])
     uuid = await asking.ask("query-uuid", dict[str, str])
@@ -122,35 +121,7 @@ async def take(monitor: Monitor) -> Inventory:
     )
 
 
-class _Asking:
-    """A monitor that takes no for an answer, and takes it down."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-        self.missing: list[str] = []
-
-    async def ask(self, command: str, kind: type[T]) -> T | None:
-        try:
-            return await self._monitor.query(command, kind)
-        except CommandRefused:
-            self.missing.append(command)
-            return None
-
-    async def quietly(self, command: str, **arguments: str) -> Any:
-        """The answer, or None: for what not everything has."""
-        try:
-            return await self._monitor.execute(command, arguments)
-        except CommandRefused:
-            return None
-
-    async def property(self, path: str, name: str) -> str | None:
-        value = await self.quietly("qom-get", path=path, property=name)
-        if value is None:
-            self.missing.append(f"{path} {name}")
-        return None if value is None else str(value)
-
-
-async def _accelerator(asking: _Asking) -> str | None:
+async def _accelerator(asking: Asking) -> str | None:
     # query-accelerators came after 10.0; before, it is KVM or not
     newer = await asking.quietly("query-accelerators")
     if isinstance(newer, dict) and "enabled" in newer:
@@ -159,13 +130,13 @@ async def _accelerator(asking: _Asking) -> str | None:
     return None if kvm is None else "kvm" if kvm.get("enabled") else "tcg"
 
 
-async def _cpu_type(asking: _Asking, cpus: list[Cpu] | None) -> str | None:
+async def _cpu_type(asking: Asking, cpus: list[Cpu] | None) -> str | None:
     for cpu in cpus or []:
         return cpu.qom_type or await asking.property(cpu.qom_path, "type")
     return None
 
 
-async def _devices(asking: _Asking) -> list[DeviceFacts] | None:
+async def _devices(asking: Asking) -> list[DeviceFacts] | None:
     found = []
     for folder, named in (("/machine/peripheral", True), ("/machine/peripheral-anon", False)):
         listed = await asking.quietly("qom-list", path=folder)
@@ -181,7 +152,7 @@ async def _devices(asking: _Asking) -> list[DeviceFacts] | None:
     return found
 
 
-async def _device(asking: _Asking, path: str, kind: str) -> DeviceFacts:
+async def _device(asking: Asking, path: str, kind: str) -> DeviceFacts:
     bus = await asking.quietly("qom-get", path=path, property="parent_bus")
     addr = await asking.quietly("qom-get", path=path, property="addr")
     plugged = await asking.quietly("qom-get", path=path, property="hotplugged")
@@ -196,7 +167,7 @@ async def _device(asking: _Asking, path: str, kind: str) -> DeviceFacts:
     )
 
 
-async def _pci(asking: _Asking) -> list[PciFunction] | None:
+async def _pci(asking: Asking) -> list[PciFunction] | None:
     buses = await asking.ask("query-pci", list[dict[str, Any]])
     if buses is None:
         return None

@@ -204,6 +204,17 @@ def guest_name(line: CommandLine) -> str | None:
     return next((name for name in reversed(names) if name), None)
 
 
+def accelerators(line: CommandLine) -> list[str]:
+    """What *line* asks for, in QEMU's order; without a word it is TCG."""
+    asked: list[str] = []
+    for option in line.options:
+        if option.name == "enable-kvm":
+            asked.append("kvm")
+        elif option.name in ("accel", "machine"):
+            asked += [one for one in (fields_of(option).get("accel") or "").split(":") if one]
+    return asked or ["tcg"]
+
+
 def _apply(setting: Option, options: list[Option]) -> None:
     path, equals, value = (setting.value or "").partition("=")
     group, _, rest = path.partition(".")

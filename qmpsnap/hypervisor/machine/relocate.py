@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qmpsnap.errors import Blocked
+from qmpsnap.errors import Blocked, UsageError
 from qmpsnap.hypervisor.machine.attach import agent_chardev
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.drives import slots
@@ -17,6 +17,7 @@ from qmpsnap.hypervisor.machine.options import (
     Blockdev,
     Chardev,
     Machine,
+    Object,
     applied_sets,
     option_of,
 )
@@ -58,6 +59,7 @@ def relocate(
     qmp: Path,
     agent: Path | None = None,
     isolated: bool = False,
+    secrets: Mapping[str, Path] | None = None,
 ) -> Relocated:
     """The command line of a restore of *cmdline*, which was started in *cwd*.
 
@@ -65,7 +67,8 @@ def relocate(
     `drive:INDEX` (-drive and its short forms: see `drives.slots`). What the machine writes goes
     under *into*; QMP listens on *qmp*, the guest agent's socket is *agent* or under *into*.
     Nothing is opened; only firmware named without a folder is looked for in *cwd*. An *isolated*
-    machine keeps its network cards, and no packet of theirs goes anywhere.
+    machine keeps its network cards, and no packet of theirs goes anywhere. *secrets* has the file
+    that each -object secret is to be read from, by its id: for those that are in no file yet.
 
     Raises Blocked, naming the option, for what no second machine can have, and UsageError for a
     command line that QEMU would not take.
@@ -73,6 +76,7 @@ def relocate(
     line = applied_sets(cmdline)
     taken = {str(path) for path in (*disks.values(), qmp, agent) if path is not None}
     scene = Scene(line, cwd, into, disks, agent, taken, isolated=isolated, incoming=incoming)
+    scene.secrets = _known(line, secrets or {})
     rules = RULES | {"blockdev": _blockdevs(scene)}
     unknown = sorted({option.name for option in line.options} - rules.keys())
     if unknown:
@@ -139,6 +143,15 @@ def _know_all(scene: Scene) -> None:
     strange = sorted(set(scene.disks) - drives - nodes)
     if strange:
         raise Blocked(f"disk {strange[0]}: the command line has no such node or drive")
+
+
+def _known(line: CommandLine, secrets: Mapping[str, Path]) -> Mapping[str, Path]:
+    """*secrets*. Raises UsageError for one that *line* has no object for."""
+    objects = map(Object.of, line.all("object"))
+    there = {one.id for one in objects if one.qom_type == "secret"}
+    if strange := sorted(secrets.keys() - there):
+        raise UsageError(f"secret {strange[0]}: the machine has no -object secret of that id")
+    return secrets
 
 
 def _with_machine(new: CommandLine, line: CommandLine, resolved: str | None) -> CommandLine:

@@ -50,7 +50,8 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
 def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
     """-object: kept, with what it writes moved.
 
-    Raises Blocked for memory that outlives its machine in a file.
+    Raises Blocked for memory that outlives its machine in a file, and for a secret that is in no
+    file.
     """
     view = Object.of(option)
     kind, fields = view.qom_type or "", view.fields
@@ -60,6 +61,8 @@ def object_(scene: Scene, _index: int, option: Option) -> list[Option]:
         raise Blocked(f"{name}: {kind} is tied to something outside of the machine")
     if kind == "monitor-qmp":
         return []
+    if kind == "secret":
+        fields = _secret(scene, fields, name)
     if path := fields.get("mem-path"):
         shared = fields.on("share") and not fields.on("readonly")
         fields = fields.set(
@@ -87,6 +90,18 @@ def _shared_memory(scene: Scene, view: Object, path: str) -> str:
     folder = str(Path(scene.spelled(path)).parent)
     scene.note(f"object {view.id}: its memory is in a nameless file of {folder}, and not in {path}")
     return scene.absolute(folder)
+
+
+def _secret(scene: Scene, fields: Fields, name: str) -> Fields:
+    given = scene.secrets.get(fields.get("id") or "")
+    if given is not None:
+        return fields.without("data").set("file", str(given))
+    if not fields.has("file") and not fields.has("data"):
+        raise Blocked(
+            f"{name}: it was given on the command line, and secrets are in no snapshot",
+            hint=f"`restore --secret {fields.get('id')}=FILE` has it read from a file",
+        )
+    return fields
 
 
 def shared_folder(scene: Scene, _index: int, option: Option) -> list[Option]:
