@@ -9,7 +9,9 @@ from pathlib import Path
 
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.half import Pair
+from qmpsnap.engine.limiting import Choice, Limit
 from qmpsnap.errors import BaseChanged, Blocked, LocalFailed, UsageError
+from qmpsnap.host.site import Site
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.ids import disk_labels
 from qmpsnap.store import image as frozen
@@ -23,7 +25,8 @@ class Restoration:
 
     *cold*: boot from the disks, without the RAM. *standalone*: full copies instead of overlays.
     *qmp*: where the new QEMU's monitor listens (default: qmp.sock in *to*). *qemu*: another
-    QEMU binary than the captured one. *isolated*: its network cards lead nowhere.
+    QEMU binary than the captured one. *isolated*: its network cards lead nowhere. *limits*: those
+    of a control group of its own, made below *limits_parent* (as in /proc/PID/cgroup).
     """
 
     to: Path
@@ -33,13 +36,16 @@ class Restoration:
     qmp: Path | None = None
     qemu: Path | None = None
     isolated: bool = False
+    limits: Choice = Choice.NONE
+    limits_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What would be started, by *argv*, once its images are built.
 
-    *warnings*: what differs between the captured machine's host and this one.
+    *warnings*: what differs between the captured machine's host and this one. *limits*: those
+    that it gets, of a new control group at *site* (None: of none).
     """
 
     pair: Pair
@@ -47,6 +53,8 @@ class Ready:
     relocated: Relocated
     qmp: Path
     warnings: list[str] = field(default_factory=list)
+    limits: list[Limit] = field(default_factory=list)
+    site: Site | None = None
 
     @property
     def argv(self) -> list[str]:
