@@ -41,7 +41,7 @@ def exceeded(wanted: GroupLimits, above: Sequence[Bound]) -> Iterator[tuple[str,
         for field, most in _largest(bound.limits).items():
             value = _largest(wanted).get(field)
             if value is not None and value > most:
-                yield field, f"{value:g} is above the {most:g} of {bound.folder}"
+                yield field, f"{value:.12g} is above the {most:.12g} of {bound.folder}"
         for field in ("cpus", "memory_nodes"):
             missing = sorted(_missing(getattr(wanted, field), getattr(bound.limits, field)))
             if missing:

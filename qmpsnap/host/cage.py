@@ -26,8 +26,10 @@ _WITHIN = 10.0  # seconds for the groups to be gone once their last process has 
 _ENTER = """\
 while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit 126; shift; done; shift; exec "$@"
 """
-# The kernel closes the files of a process before it takes it out of its group: hence the tries.
+# Waits for the last holder. The kernel closes the files of a process before it takes it out of its
+# group: hence the tries.
 _REMOVE = """\
+exec 9<"$1" && flock 9 && exec 9<&- || exit
 for one; do tries=0
   while [ -d "$one" ] && ! rmdir "$one" 2>/dev/null && [ $((tries += 1)) -lt 100 ]; do
     sleep 0.05
@@ -167,9 +169,8 @@ def _removed(folder: Path) -> None:
 
 def _watched(cage: Cage) -> int:
     """Starts who removes the groups; the descriptor that comes back ends when they are gone."""
-    first, *_ = folders = [*map(str, cage.folders)]
-    remove = ["/bin/sh", "-c", _REMOVE, "sh", *folders]
-    words = ["/bin/sh", "-c", _NOBODYS, "sh", "flock", first, *remove]
+    remove = ["/bin/sh", "-c", _REMOVE, "sh", *map(str, cage.folders)]
+    words = ["/bin/sh", "-c", _NOBODYS, "sh", *remove]
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     try:
         null = subprocess.DEVNULL
