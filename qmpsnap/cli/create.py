@@ -154,7 +154,7 @@ async def create(
         _show_plan(call.out, await engine.plan(machine, wishes), wishes)
         return
     call.out.expect_progress()
-    async with metered(metrics_file, engine, vm, "create") as run:
+    async with metered(call, metrics_file, engine, vm, "create") as run:
         try:
             made = await engine.create(machine, wishes)
         except NotShipped as waiting:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from qmpsnap.cli.target import Call
     from qmpsnap.engine.engine import Engine
     from qmpsnap.engine.metrics import Run
 
@@ -29,7 +30,9 @@ MetricsFile = Annotated[
 
 
 @asynccontextmanager
-async def metered(path: Path | None, engine: Engine, vm: str, verb: str) -> AsyncIterator[Run]:
+async def metered(
+    call: Call, path: Path | None, engine: Engine, vm: str, verb: str
+) -> AsyncIterator[Run]:
     """The block is the run. However it ends, the file *path* tells; nothing fails for its sake."""
     import asyncio  # not for --help
 
@@ -43,7 +46,8 @@ async def metered(path: Path | None, engine: Engine, vm: str, verb: str) -> Asyn
         run.exit_code = failed.exit_code
         raise
     except BaseException as other:
-        run.exit_code = 130 if isinstance(other, asyncio.CancelledError) else 4
+        cancelled = isinstance(other, asyncio.CancelledError)
+        run.exit_code = call.interrupted_code if cancelled else 4
         raise
     finally:
         run.seconds = time.monotonic() - clock

@@ -62,7 +62,7 @@ async def refresh(
     how = copying(compress, speed_limit)
     engine, machine, out = call.engine(), call.machine(vm), call.out
     out.expect_progress()
-    async with metered(metrics_file, engine, vm, "refresh") as run:
+    async with metered(call, metrics_file, engine, vm, "refresh") as run:
         made = await engine.refresh(
             machine, snapshot(id), copying=how, quiesce=wanted, max_pause=bound
         )

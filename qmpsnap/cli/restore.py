@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmpsnap.cli import options
-from qmpsnap.cli.target import Call, snapshot
+from qmpsnap.cli.target import Call, choice, snapshot
 from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Examples:
   qmpsnap restore web --to /srv/back
   qmpsnap restore web 20261122T1650 --to /srv/back --detach
   qmpsnap restore web --to /srv/back --check
+  qmpsnap restore web --to /srv/back --limits same --limits-parent /vms
   qmpsnap restore web --to /srv/copy --cold --standalone --no-start
   qmpsnap restore web --to /srv/back --secret key0=/etc/keys/web
 
@@ -123,6 +124,24 @@ async def restore(
             show_default=False,
         ),
     ] = None,
+    limits: Annotated[
+        str,
+        typer.Option(
+            metavar="same|none|suggest",
+            help="Start QEMU in a control group of its own: with the limits that held for the "
+            "captured VM, or with such as follow from what it used. Default: none.",
+            show_default=False,
+        ),
+    ] = "none",
+    limits_parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="The group in which that one is made, as in /proc/PID/cgroup. Default: our own, "
+            "on v2 the nearest that has no processes and hands the controllers down.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Bring a VM back from a snapshot, beside the original, which may go on running.
 
@@ -131,8 +150,15 @@ async def restore(
 
     Before anything is built, the machine is compared with this host: what blocks is named, and
     refused; what merely differs is a warning. --check shows all that was compared, and stops there.
+
+    With --limits each limit is shown with what was captured, measured and suggested, and why,
+    before anything starts. One that cannot be set is refused. The control group goes when the
+    machine ends.
     """
+    from qmpsnap.cli import limited
+    from qmpsnap.engine.limiting import Choice
     from qmpsnap.engine.restore import Restoration
+    from qmpsnap.errors import UsageError
 
     call.machine(vm, reach=False)
     engine, out = call.engine(), call.out
@@ -145,7 +171,11 @@ async def restore(
         qmp=qmp_socket.absolute() if qmp_socket else None,
         qemu=qemu.absolute() if qemu else None,
         secrets=dict(map(_secret, secret or [])),
+        limits=choice("--limits", Choice, limits),
+        limits_parent=limits_parent,
     )
+    if limits_parent is not None and wish.limits is Choice.NONE:
+        raise UsageError("--limits-parent: there is no group to make", hint="with --limits same")
     if check:
         _show_fitness(out, await engine.check(vm, wish, snapshot(id)))
         return
@@ -154,6 +184,8 @@ async def restore(
         out.aside("warning", warning)
     for notice in ready.notices:
         out.notice(notice)
+    if not out.json:
+        limited.show(out, ready.limits)
     if no_start:
         _show_command(out, ready)
         return
@@ -175,6 +207,7 @@ def _secret(word: str) -> tuple[str, Path]:
 
 
 def _show_fitness(out: Output, found: Fitness) -> None:
+    from qmpsnap.cli import limited
     from qmpsnap.errors import Blocked
 
     if out.json:
@@ -184,6 +217,7 @@ def _show_fitness(out: Output, found: Fitness) -> None:
         out.table(("WHAT", "CAPTURED", "HERE", "VERDICT", "WHY"), rows)
         for notice in found.notices:
             out.notice(notice)
+        limited.show(out, found.limits)
     if not found.fits:
         names = ", ".join(row.what for row in found.rows if row.verdict == "blocks")
         raise Blocked(f"{found.vm} {found.id} cannot come back here: {names}")
@@ -204,6 +238,7 @@ def _show(out: Output, back: Restored) -> None:
             ("folder", shown["to"]),
             ("QMP", shown["qmp"]),
             ("agent", shown["agent"]),
+            *(("control group", folder) for folder in shown["groups"]),
             *(("moved", f"{old} -> {new}") for old, new in shown["moved"].items()),
         ])  # fmt: skip
     out.flush()
@@ -222,6 +257,7 @@ def _show_command(out: Output, ready: Ready) -> None:
             argv=ready.argv,
             moved=dict(ready.relocated.moved),
             notices=ready.notices,
+            limits=ready.limits,
         )
         out.record(prepared)
     else:

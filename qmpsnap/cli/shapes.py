@@ -14,6 +14,7 @@ from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.fitness import Fitness
 from qmpsnap.engine.history import Record
 from qmpsnap.engine.info import Info
+from qmpsnap.engine.limiting import Limit
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
@@ -99,7 +100,10 @@ class Thawed(Struct, frozen=True, kw_only=True):
 
 
 class Restored(Struct, frozen=True, kw_only=True):
-    """`restore`: the machine that runs. *moved*: files and sockets, old path to new path."""
+    """`restore`: the machine that runs. *moved*: files and sockets, old path to new path.
+
+    *groups*: the folders of the control groups that were made for it; they go when it ends.
+    """
 
     id: str
     vm: str
@@ -110,6 +114,8 @@ class Restored(Struct, frozen=True, kw_only=True):
     to: str
     moved: dict[str, str]
     notices: list[str]
+    limits: list[Limit] = []
+    groups: list[str] = []
 
 
 class Prepared(Struct, frozen=True, kw_only=True):
@@ -123,6 +129,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
     argv: list[str]
     moved: dict[str, str]
     notices: list[str]
+    limits: list[Limit] = []
 
 
 class Started(Struct, frozen=True, kw_only=True):

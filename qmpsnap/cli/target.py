@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,10 @@ C = TypeVar("C", bound=StrEnum)
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the program: where it prints, and the options that all verbs share."""
+    """One call of the program: where it prints, and the options that all verbs share.
+
+    *caught*: the signals that it was sent, in their order; the first one has cancelled it.
+    """
 
     out: Output
     config: Path | None = None
@@ -36,6 +40,12 @@ class Call:
     allow_local_store: bool = False
     socket: Path | None = None
     agent_socket: Path | None = None
+    caught: list[signal.Signals] = field(default_factory=list)
+
+    @property
+    def interrupted_code(self) -> int:
+        """The exit code of a call that was cancelled."""
+        return 130 if self.caught[:1] == [signal.SIGINT] else 143
 
     @cached_property
     def settings(self) -> Config:

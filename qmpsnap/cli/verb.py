@@ -60,15 +60,16 @@ def _run(work: Work, given: dict[str, object], words: dict[str, object]) -> int:
         verbose=int(str(given.pop("verbose"))),
     )
     with out:
-        return _exit_code(out, lambda: work(Call(out, **given), **words))  # type: ignore[arg-type]
+        call = Call(out, **given)  # type: ignore[arg-type]
+        return _exit_code(call, lambda: work(call, **words))
 
 
-def _exit_code(out: Output, start: Callable[[], Coroutine[object, object, int | None]]) -> int:
+def _exit_code(call: Call, start: Callable[[], Coroutine[object, object, int | None]]) -> int:
     import asyncio
 
     from qmpsnap.errors import SnapError
 
-    caught: list[signal.Signals] = []
+    out, caught = call.out, call.caught
     try:
         return asyncio.run(_until_signalled(start, caught, out)) or 0
     except SnapError as failed:
@@ -77,7 +78,7 @@ def _exit_code(out: Output, start: Callable[[], Coroutine[object, object, int | 
     except asyncio.CancelledError:
         by = caught[0] if caught else signal.SIGTERM
         out.failed("interrupted", f"interrupted by {by.name}; all debts are paid", "")
-        return 130 if by is signal.SIGINT else 143
+        return call.interrupted_code
     except BrokenPipeError:
         out.abandon()  # whoever read our stdout has seen enough
         return 0

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, here, restoration, usage
+from qmpsnap.engine import configuration, confined, here, history, restoration, usage
 from qmpsnap.engine.comparison import Captured, compare
+from qmpsnap.engine.confined import Wanted
 from qmpsnap.engine.half import Glanced, Pair, open_pair
+from qmpsnap.engine.limiting import Choice, Limit
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
@@ -35,7 +37,8 @@ from qmpsnap.units import in_bytes
 
 class Fitness(msgspec.Struct, frozen=True, kw_only=True):
     """What `restore --check` says. *fits*: nothing blocks. *notices*: what the restored machine
-    will not have as the captured one had it. *qemu*: the binary that would be started.
+    will not have as the captured one had it. *qemu*: the binary that would be started. *limits*:
+    those that were captured, or that are suggested, and which of them would be set.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Fitness(msgspec.Struct, frozen=True, kw_only=True):
     fits: bool
     rows: list[Row]
     notices: list[str]
+    limits: list[Limit] = []
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ class Assessed:
             fits=not self.blocking,
             rows=self.rows,
             notices=ready.notices if ready else [],
+            limits=ready.limits if ready else [],
         )
 
     def ready(self) -> Ready:
@@ -136,7 +141,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
         machine = configuration.decode(seen.text(MACHINE), str(Path(vm, pair.id, MACHINE)))
     used = None
     try:
-        used = _used(usage.decode(seen.text(USAGE), str(Path(vm, pair.id, USAGE))))
+        used = usage.decode(seen.text(USAGE), str(Path(vm, pair.id, USAGE)))
     except (DamagedData, LocalFailed) as odd:  # a restore can do without
         found.differs(USAGE, str(odd))
     if machine is not None:
@@ -147,7 +152,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
 async def _compared(
     found: Assessed,
     machine: configuration.Configuration,
-    used: int | None,
+    used: Usage | None,
     chains: Sequence[Sequence[Image]],
 ) -> None:
     pair, wish = found.pair, found.wish
@@ -165,7 +170,21 @@ async def _compared(
         return
     found._ready = ready
     facts = await here.look(ready, machine, chains)
-    found.rows += compare(Captured(machine, ready, used, pair.manifest.host), facts)
+    within = None
+    usages = [used] if used is not None else []
+    if wish.limits is Choice.SUGGEST:
+        usages = [*await history.earlier(pair.roots, pair.vm, pair.id), *usages]
+    choice, parent = wish.limits, wish.limits_parent
+    wanted = Wanted(choice, parent, wish.to, usages, machine, pair.manifest.host)
+    with found.row("limits", "-", str(choice)):
+        within = await confined.look(wanted)
+    if within is not None:
+        facts = replace(facts, headroom=replace(facts.headroom, ceilings=within.ceilings))
+        found._ready = replace(ready, limits=within.limits, site=within.site)
+    host, held = pair.manifest.host, _used(used) if used is not None else None
+    found.rows += compare(Captured(machine, ready, held, host), facts)
+    if within is not None:
+        found.rows += confined.rows(within, machine, facts.headroom.cpu_count)
 
 
 def _how(wish: Restoration) -> str:

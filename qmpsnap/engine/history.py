@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import msgspec
 
@@ -30,18 +31,29 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 async def history(roots: Roots, vm: str) -> list[Record]:
     """Every snapshot of *vm*, oldest first. One that cannot be read does not hide the others."""
+    return await _records(roots, await listing.entries(roots, vm))
+
+
+async def earlier(roots: Roots, vm: str, id: str, most: int = 20) -> list[Usage]:
+    """What *vm* used at the *most* newest snapshots before *id*, as far as it can be read."""
+    before = [one for one in await listing.entries(roots, vm) if one.id < id][-most:]
+    found = await _records(roots, before)
+    return [record.usage for record in found if record.usage is not None]
+
+
+async def of_pair(pair: half.Pair) -> Usage:
+    """The usage of one snapshot. Raises HalfMissing, ManifestError, StoreError."""
+    return usage.decode(await pair.read(USAGE), f"{pair.vm} {pair.id} {USAGE}")
+
+
+async def _records(roots: Roots, entries: Sequence[Entry]) -> list[Record]:
     gate = asyncio.Semaphore(_AT_A_TIME)
 
     async def one(entry: Entry) -> Record:
         async with gate:
             return await _record(roots, entry)
 
-    return list(await asyncio.gather(*map(one, await listing.entries(roots, vm))))
-
-
-async def of_pair(pair: half.Pair) -> Usage:
-    """The usage of one snapshot. Raises HalfMissing, ManifestError, StoreError."""
-    return usage.decode(await pair.read(USAGE), f"{pair.vm} {pair.id} {USAGE}")
+    return list(await asyncio.gather(*map(one, entries)))
 
 
 async def _record(roots: Roots, entry: Entry) -> Record:

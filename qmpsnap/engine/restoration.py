@@ -9,7 +9,9 @@ from pathlib import Path
 
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.half import Pair
+from qmpsnap.engine.limiting import Choice, Limit
 from qmpsnap.errors import BaseChanged, Blocked, LocalFailed, UsageError
+from qmpsnap.host.site import Site
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.ids import disk_labels
 from qmpsnap.store import image as frozen
@@ -25,6 +27,8 @@ class Restoration:
     *qmp*: where the new QEMU's monitor listens (default: qmp.sock in *to*). *qemu*: another
     QEMU binary than the captured one. *isolated*: its network cards lead nowhere. *secrets*: the
     file to read each -object secret from, by its id, where the captured machine had it in none.
+    *limits*: those of a control group of its own, made below *limits_parent* (as in
+    /proc/PID/cgroup).
     """
 
     to: Path
@@ -35,13 +39,16 @@ class Restoration:
     qemu: Path | None = None
     isolated: bool = False
     secrets: Mapping[str, Path] = field(default_factory=dict)
+    limits: Choice = Choice.NONE
+    limits_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What would be started, by *argv*, once its images are built.
 
-    *warnings*: what differs between the captured machine's host and this one.
+    *warnings*: what differs between the captured machine's host and this one. *limits*: those
+    that it gets, of a new control group at *site* (None: of none).
     """
 
     pair: Pair
@@ -49,6 +56,8 @@ class Ready:
     relocated: Relocated
     qmp: Path
     warnings: list[str] = field(default_factory=list)
+    limits: list[Limit] = field(default_factory=list)
+    site: Site | None = None
 
     @property
     def argv(self) -> list[str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qmpsnap.engine import dependents, fitness
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
@@ -19,7 +21,7 @@ from qmpsnap.engine.restoration import Restoration as Restoration
 from qmpsnap.engine.restoration import places, refuse_folder
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import HalfMissing, LocalFailed, MigrationFailed, MonitorLost
-from qmpsnap.host import journal, qemu_img
+from qmpsnap.host import cage, journal, qemu_img
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
 from qmpsnap.hypervisor.monitor import Monitor, connect
@@ -31,11 +33,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A machine that is back. *process* ends with us, or is on its own, as was asked."""
+    """A machine that is back. *process* ends with us, or is on its own, as was asked.
+
+    *groups*: the folders of the control groups that were made for it.
+    """
 
     ready: Ready
     machine: Machine
     process: Launched
+    groups: tuple[Path, ...] = ()
 
     def shown(self) -> dict[str, Any]:
         """What `restore --json` prints."""
@@ -50,6 +56,8 @@ class Restored:
             "to": str(self.ready.wish.to),
             "moved": self.ready.relocated.moved,
             "notices": self.ready.notices,
+            "limits": [msgspec.structs.asdict(one) for one in self.ready.limits],
+            "groups": list(map(str, self.groups)),
         }
 
 
@@ -75,17 +83,22 @@ async def restored(
 ) -> AsyncIterator[Restored]:
     """The machine of *ready*, running (or paused, if it was) for the block; for good if *detach*.
 
-    Raises LaunchFailed, MigrationFailed with QEMU's last words, DamagedData; what was built is
-    removed then.
+    Raises LaunchFailed, MigrationFailed with QEMU's last words, DamagedData, and Blocked for a
+    control group that the kernel refuses; what was built is removed then.
     """
     begun = False
     try:
-        async with launched(
-            ready.argv,
-            directory=ready.wish.to,
-            log=ready.log,
-            lifetime="detached" if detach else "with-us",
-        ) as process:
+        async with (
+            _caged(ready) as group,
+            launched(
+                ready.argv,
+                directory=ready.wish.to,
+                log=ready.log,
+                lifetime="detached" if detach else "with-us",
+                inside=group.words if group else (),
+                hold=group.hold if group else (),
+            ) as process,
+        ):
             try:
                 async with connect(ready.qmp) as monitor:
                     await _brought_up(ready, monitor, process, report)
@@ -93,12 +106,24 @@ async def restored(
                 await finish(process.kill(), within=10)
                 raise
             begun = True
+            if group and detach:
+                group.leave()
             machine = Machine(ready.pair.vm, ready.qmp, ready.relocated.agent)
-            yield Restored(ready, machine, process)
+            yield Restored(ready, machine, process, group.folders if group else ())
     except BaseException:
         if not begun:
             await finish(asyncio.to_thread(_unmade, ready.pair, ready.wish.to), within=60)
         raise
+
+
+@asynccontextmanager
+async def _caged(ready: Ready) -> AsyncIterator[cage.Cage | None]:
+    """The control group of the machine, if it gets one."""
+    if ready.site is None:
+        yield None
+        return
+    async with cage.made(ready.site, ready.pair.vm) as group:
+        yield group
 
 
 async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report: Report) -> None:

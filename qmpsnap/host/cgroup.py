@@ -82,6 +82,18 @@ def folders_of(pid: int, *, proc: Path = _PROC) -> dict[str, Path]:
     return {name: one.folder for one in found for name in one.controllers}
 
 
+def folders_at(group: str, *, proc: Path = _PROC) -> dict[str, Path]:
+    """Where *group* lies in each hierarchy that has it, as `folders_of`. Raises LocalFailed."""
+    table = _table(proc)
+    found = _hierarchies(table, dict.fromkeys(controllers(proc=proc), group))
+    return {name: one.folder for one in found if one.folder.is_dir() for name in one.controllers}
+
+
+def controllers(*, proc: Path = _PROC) -> set[str]:
+    """What is mounted of v1, by controller, and "" for v2. Raises LocalFailed."""
+    return {name for _, _, words in _mounts(_table(proc)) for name in words}
+
+
 def _table(proc: Path) -> str:
     try:
         return (proc / "self" / "mountinfo").read_text()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.host import cgroup, kernelfile, load
-from qmpsnap.host.limits import number
+from qmpsnap.host.limits import Folders, number
 
 _NET_ADMIN = 12  # capability.h
 _SYS = Path("/sys")
@@ -55,7 +55,11 @@ def look() -> Headroom:
 
 def ceilings(pid: int, *, proc: Path = Path("/proc")) -> tuple[Ceiling, ...]:
     """The memory limits over process *pid*, v1 or v2, its own group's first. Raises LocalFailed."""
-    folders = cgroup.folders_of(pid, proc=proc)
+    return under(cgroup.folders_of(pid, proc=proc))
+
+
+def under(folders: Folders) -> tuple[Ceiling, ...]:
+    """The memory limits of the groups in *folders* and of those above, as `ceilings`."""
     own = folders.get("memory", folders.get(""))
     read = _first if "memory" in folders else _second
     above = [] if own is None else [own, *own.parents]

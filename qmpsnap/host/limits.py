@@ -30,7 +30,7 @@ class GroupLimits(msgspec.Struct, frozen=True, kw_only=True):
     *cpu_max_count*: how many CPUs at a time. *cpu_weight* is v2's (100 is usual), *cpu_shares* v1's
     (1024). *swap_max_bytes* is v2's, *memory_and_swap_max_bytes* v1's, of both together.
     *memory_high_bytes*: above it, v2 slows the group down; v1's soft limit is
-    *memory_soft_max_bytes*.
+    *memory_soft_max_bytes*. *hugetlb_max_bytes* is by page size, called as the kernel does: `2MB`.
     """
 
     cpu_max_count: float | None = None
@@ -45,6 +45,7 @@ class GroupLimits(msgspec.Struct, frozen=True, kw_only=True):
     memory_and_swap_max_bytes: int | None = None
     io_max: dict[str, IoLimits] | None = None
     pids_max_count: int | None = None
+    hugetlb_max_bytes: dict[str, int] | None = None
 
 
 def limits(folders: Folders) -> GroupLimits:
@@ -62,6 +63,7 @@ def limits(folders: Folders) -> GroupLimits:
         memory_and_swap_max_bytes=number(folders, "memory", "memory.memsw.limit_in_bytes"),
         io_max=_io_max(folders),
         pids_max_count=either(folders, "pids", "pids.max", "pids.max"),
+        hugetlb_max_bytes=_hugetlb(folders),
     )
 
 
@@ -101,6 +103,18 @@ def _list(folders: Folders, kind: str) -> list[int] | None:
         return kernelfile.cpu_list(text or kernelfile.text(v1 / f"cpuset.{kind}"))
     path = folders[""] / f"cpuset.{kind}.effective" if "" in folders else None
     return kernelfile.cpu_list(kernelfile.text(path)) if path else None
+
+
+def _hugetlb(folders: Folders) -> dict[str, int] | None:
+    name, last = ("hugetlb", "limit_in_bytes") if "hugetlb" in folders else ("", "max")
+    if name not in folders:
+        return None
+    # hugetlb.2MB.rsvd.max is another one, of what is reserved
+    files = folders[name].glob(f"hugetlb.[0-9]*B.{last}")
+    sizes = {
+        path.name: number(folders, name, path.name) for path in files if "rsvd" not in path.name
+    }
+    return {file.split(".")[1]: most for file, most in sizes.items() if most is not None} or None
 
 
 def _io_max(folders: Folders) -> dict[str, IoLimits] | None:

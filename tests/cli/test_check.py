@@ -113,6 +113,7 @@ async def test_a_machine_on_its_own_host(program: Program, qemu72: Path) -> None
     found = shaped("restore-check", (await program.ok(*words, "--json")).record)
     assert {row["verdict"] for row in found["rows"]} == {"ok"}
     assert found["fits"]
+    assert found["limits"] == []  # none are set without a word
     assert found["qemu"] == str(qemu72)
     told = [row["what"] for row in found["rows"]]
     assert len(told) == len(set(told))

@@ -32,6 +32,8 @@ async def test_a_signal_while_frozen(
     async with powered(program, qemu72) as vm, agent(path) as guest:
         before = await facts(vm.witness)
         words = ["create", "web", "--socket", vm.qmp, "--agent-socket", path, *program.roots]
+        metrics = program.dir / "web.prom"
+        words += ["--metrics-file", metrics]
         process = await program.start(*words, "--ram", "none", "--quiesce", "agent")
         await asyncio.wait_for(guest.freezing.wait(), 60)
         process.send_signal(number)
@@ -45,6 +47,7 @@ async def test_a_signal_while_frozen(
         ran = await ended(process)
         assert ran.code == code
         assert ran.out == ""
+        assert f'exit_code{{vm="web",verb="create"}} {code}\n' in metrics.read_text()
         assert f"interrupted by {number.name}" in ran.err
         assert not guest.frozen
         assert await facts(vm.witness) == before

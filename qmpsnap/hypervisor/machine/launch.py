@@ -55,6 +55,8 @@ async def launched(
     log: Path,
     lifetime: Literal["with-us", "detached"] = "with-us",
     terminal: bool = False,
+    inside: Sequence[str] = (),
+    hold: Sequence[int] = (),
     within: float = 30.0,
 ) -> AsyncIterator[Launched]:
     """A QEMU of *argv*, working in *directory*, that is complete and answers on our QMP socket.
@@ -62,8 +64,10 @@ async def launched(
     *argv* has the chardev of `relocate.control`. "with-us" ends with the block (SIGTERM, after
     5 s SIGKILL) and with our process, however that ends; "detached" outlives both. Its stderr
     goes to the file *log*; with *terminal* it has our stdin, stdout and process group instead of
-    none. *within* is how long its start may take, in seconds. Where the event loop runs in a
-    thread of its own, the end of that thread ends a QEMU "with-us" too (PR_SET_PDEATHSIG).
+    none. *inside*: words that start a command line in a control group, and become it; *hold*:
+    descriptors that QEMU inherits. *within* is how long its start may take, in seconds. Where the
+    event loop runs in a thread of its own, the end of that thread ends a QEMU "with-us" too
+    (PR_SET_PDEATHSIG).
 
     Raises LaunchFailed with the last of stderr when it does not get so far; it is then ended.
     """
@@ -74,7 +78,14 @@ async def launched(
         with _appending(log) as stderr:
             start = stderr.tell()
             pid = await stack.enter_async_context(
-                _process(words, directory, listener.fileno(), stderr.fileno(), lifetime, terminal)
+                _process(
+                    [*inside, *words],
+                    directory,
+                    [listener.fileno(), *hold],
+                    stderr.fileno(),
+                    lifetime,
+                    terminal,
+                )
             )
         listener.close()  # QEMU has its own copy: when it ends, connecting fails at once
         pidfd = stack.enter_context(_pidfd(pid, log, start))
@@ -131,7 +142,7 @@ def _with_descriptor(line: CommandLine, number: int) -> CommandLine:
 async def _process(
     words: list[str],
     directory: Path,
-    listener: int,
+    hold: Sequence[int],
     stderr: int,
     lifetime: Literal["with-us", "detached"],
     terminal: bool,
@@ -151,7 +162,7 @@ async def _process(
             stdin=None if terminal else subprocess.DEVNULL,
             stdout=subprocess.PIPE if detached else None if terminal else subprocess.DEVNULL,
             stderr=stderr,
-            pass_fds=[listener],
+            pass_fds=hold,
             start_new_session=not terminal,
             umask=_UMASK,
         )

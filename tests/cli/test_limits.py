@@ -1,0 +1,121 @@
+"""`restore --limits`: a real machine in a real control group, and out of it again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmpsnap.engine.captured import as_limits
+from qmpsnap.host import cage, cgroup, site
+from qmpsnap.host.limits import GroupLimits, limits
+from tests.cli.conftest import Program, ended, line, powered
+from tests.cli.test_verbs import shaped
+from tests.rig.groups import settable
+
+HEAD = ["LIMIT", "CAPTURED", "MEASURED", "SUGGESTED", "SET", "WHY"]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+def gone(groups: list[str]) -> bool:
+    return not any(Path(folder).exists() for folder in groups)
+
+
+def held(wanted: GroupLimits, pid: int) -> dict[str, object]:
+    """The limits of the group of *pid*, as far as they are *wanted*."""
+    seen = limits(cgroup.folders_of(pid))
+    fields = [name for name in wanted.__struct_fields__ if getattr(wanted, name) is not None]
+    return {name: getattr(seen, name) for name in fields}
+
+
+async def test_a_restored_machine_is_limited(program: Program, qemu72: Path) -> None:
+    wanted = settable()
+    named = {name: one for name, one in msgspec.structs.asdict(wanted).items() if one is not None}
+    async with (
+        cage.made(site.site(wanted), "captured") as group,
+        powered(program, qemu72) as vm,
+    ):
+        for folder in group.folders:
+            (folder / "cgroup.procs").write_text(str(vm.pid))
+        await program.ok("create", "web", "--socket", vm.qmp, *program.roots)
+    words = ["restore", "web", "--to", "back", *program.roots]
+
+    same = (await program.ok(*words, "--check", "--limits", "same", "--json")).record
+    chosen = {one["limit"]: one["chosen"] for one in shaped("restore-check", same)["limits"]}
+    assert as_limits(chosen) == wanted
+    assert {one["limit"]: one["captured"] for one in same["limits"]} == named
+    assert {row["verdict"] for row in same["rows"]} == {"ok"}
+    told = [row["what"] for row in same["rows"]]
+    assert len(told) == len(set(told))
+    assert {"limits", "control group"} <= set(told)
+    text = (await program.ok(*words, "--check", "--limits", "suggest")).out
+    assert HEAD in [row.split() for row in text.splitlines()]
+    assert "all its RAM, 32.0 MiB" in text
+    assert not (program.dir / "back").exists()
+
+    # with us, until the program is told to end
+    process = await program.start(*words, "--limits", "same", "--json")
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        back = shaped("restore", msgspec.json.decode(await process.stdout.readline()))
+    assert held(wanted, back["pid"]) == named
+    groups = back["groups"]
+    assert groups
+    assert not gone(groups)
+    process.send_signal(signal.SIGTERM)
+    assert (await ended(process)).code == 143
+    assert gone(groups)
+
+    # beyond us, until the machine ends
+    words[3] = "again"
+    ran = await program.ok(*words, "--limits", "suggest", "--detach", "--json")
+    again = shaped("restore", ran.record)
+    chosen = {one["limit"]: one["chosen"] for one in again["limits"] if one["chosen"] is not None}
+    assert held(as_limits(chosen), again["pid"]) == chosen
+    os.kill(again["pid"], signal.SIGKILL)
+    await until(lambda: gone(again["groups"]))
+
+    # what cannot be, is refused before anything is made
+    words[3] = "never"
+    ran = await program.run(*words, "--limits", "same", "--limits-parent", "/qs/no/such")
+    assert (ran.code, ran.out) == (3, "")
+    assert "there is no control group /qs/no/such" in ran.err
+    if "pids" in cgroup.folders_of(os.getpid()) and wanted.pids_max_count is not None:
+        async with cage.made(site.site(GroupLimits(pids_max_count=60)), "tight") as group:
+            process = await asyncio.create_subprocess_exec(
+                *(*group.words, *line(*words, "--limits", "same", "--json")),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=program.dir,
+                env=program.surroundings(),
+                pass_fds=group.hold,
+            )
+            ran = await ended(process)
+        assert ran.code == 3
+        told = f"pids: pids.max: 300 is above the 60 of {group.folders[0]}"
+        assert told in ran.error["message"]
+        assert ran.error["code"] == "blocked"
+    assert not (program.dir / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--limits", "most"], "--limits: not one of none, same, suggest: 'most'"),
+        (["--limits-parent", "/vms"], "--limits-parent: there is no group to make"),
+    ],
+)
+async def test_misused(program: Program, words: list[str], told: str) -> None:
+    ran = await program.run("restore", "web", "--to", "back", *program.roots, *words)
+    assert ran.code == 2
+    assert told in ran.err
