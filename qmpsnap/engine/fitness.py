@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, here, restoration, usage
-from qmpsnap.engine.comparison import Captured, Row, compare
+from qmpsnap.engine import bootfiles, configuration, here, restoration, usage
+from qmpsnap.engine.bootfiles import Choice
+from qmpsnap.engine.comparison import Captured, Row, Verdict, compare
 from qmpsnap.engine.half import Glanced, Pair, open_pair
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
@@ -21,12 +22,13 @@ from qmpsnap.engine.usage import Usage
 from qmpsnap.errors import (
     Blocked,
     DamagedData,
+    HalfMissing,
     LocalFailed,
     Refused,
     SnapError,
     UsageError,
 )
-from qmpsnap.store.manifest import Image
+from qmpsnap.store.manifest import Image, Shared
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 from qmpsnap.units import in_bytes
@@ -128,8 +130,12 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     chains = await asyncio.to_thread(_chains, found, points)
     with found.row("folder", "-", str(wish.to)):
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
-    seen = await pair.glance(MACHINE, USAGE)
+    other = await bootfiles.differing(pair)
+    whole = [one.entry.name for one in pair.manifest.shared if one.path in other]
+    seen = await pair.glance(MACHINE, USAGE, whole=whole)
     _files(found, seen)
+    chosen = bootfiles.choices(pair, other, seen)
+    _boot_files(found, chosen)
     machine = None
     with found.row(MACHINE, pair.manifest.qemu_version, "can be read"):
         machine = configuration.decode(seen.text(MACHINE), str(Path(vm, pair.id, MACHINE)))
@@ -139,7 +145,8 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     except (DamagedData, LocalFailed) as odd:  # a restore can do without
         found.differs(USAGE, str(odd))
     if machine is not None:
-        await _compared(found, machine, used, chains)
+        fetched = [one.file for one in chosen if one.fetched]
+        await _compared(found, machine, used, chains, fetched)
     return found
 
 
@@ -148,6 +155,7 @@ async def _compared(
     machine: configuration.Configuration,
     used: int | None,
     chains: Sequence[Sequence[Image]],
+    fetched: Sequence[Shared],
 ) -> None:
     pair, wish = found.pair, found.wish
     strange = ", ".join([*machine.hotplugged, *machine.unplugged])
@@ -155,7 +163,7 @@ async def _compared(
         restoration.refuse_hotplugged(machine, wish)
     ready: Ready | None = None
     with found.row("command line", f"{len(machine.options or [])} options", "can be moved"):
-        ready = restoration.ready(pair, wish, machine)
+        ready = restoration.ready(pair, wish, machine, fetched)
     if ready is None:
         return
     found._ready = ready
@@ -189,6 +197,18 @@ def _files(found: Assessed, seen: Glanced) -> None:
         with found.row("vmstate" if ram else entry.name, size, size):
             if entry.name in seen.wrong:
                 raise seen.wrong[entry.name]
+
+
+def _boot_files(found: Assessed, chosen: Sequence[Choice]) -> None:
+    for one in chosen:
+        what, size = f"{one.file.option} {one.file.path}", in_bytes(one.file.bytes)
+        if one.trouble:
+            with found.row(what, size):
+                raise HalfMissing(one.trouble)
+            continue
+        here = "the copy of the snapshot" if one.fetched else "as it was"
+        verdict: Verdict = "differs" if one.remark else "ok"
+        found.rows.append(Row(what=what, captured=size, here=here, verdict=verdict, why=one.remark))
 
 
 def _used(figures: Usage) -> int | None:

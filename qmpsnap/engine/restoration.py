@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from qmpsnap.errors import BaseChanged, Blocked, LocalFailed, UsageError
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.ids import disk_labels
 from qmpsnap.store import image as frozen
-from qmpsnap.store.manifest import Disk, Image, Storage
+from qmpsnap.store.manifest import Disk, Image, Shared, Storage
 from qmpsnap.store.points import Points
 
 
@@ -39,6 +39,7 @@ class Restoration:
 class Ready:
     """What would be started, by *argv*, once its images are built.
 
+    *fetched*: files that come from the snapshot, as this host's are others by now.
     *warnings*: what differs between the captured machine's host and this one.
     """
 
@@ -46,6 +47,7 @@ class Ready:
     wish: Restoration
     relocated: Relocated
     qmp: Path
+    fetched: tuple[Shared, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -118,8 +120,13 @@ def refuse_folder(to: Path) -> None:
         raise LocalFailed(f"{to}: {failed.strerror}") from failed
 
 
-def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
-    """The machine of *wish*. Raises Blocked, HalfMissing, UsageError for one that cannot be."""
+def ready(
+    pair: Pair, wish: Restoration, machine: Configuration, fetched: Sequence[Shared] = ()
+) -> Ready:
+    """The machine of *wish*, with the files *fetched* under its folder, not the host's own.
+
+    Raises Blocked, HalfMissing, UsageError for one that cannot be.
+    """
     line, cwd = machine.command_line()
     qmp = wish.qmp or wish.to / "qmp.sock"
     relocated = relocate(
@@ -132,6 +139,7 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
         paused=False,
         qmp=qmp,
         isolated=wish.isolated,
+        fetched={one.path for one in fetched},
     )
     binary = wish.qemu or Path(relocated.cmdline.binary)
     if not binary.exists():
@@ -140,7 +148,7 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
             raise Blocked(f"the QEMU of the snapshot, {binary}, is not on this host")
         binary = Path(found)
     cmdline = type(relocated.cmdline)(str(binary), relocated.cmdline.options)
-    return Ready(pair, wish, replace(relocated, cmdline=cmdline), qmp)
+    return Ready(pair, wish, replace(relocated, cmdline=cmdline), qmp, tuple(fetched))
 
 
 def places(pair: Pair, to: Path) -> Mapping[str, Path]:

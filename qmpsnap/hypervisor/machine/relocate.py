@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from qmpsnap.errors import Blocked
+from qmpsnap.hypervisor.machine import direct
 from qmpsnap.hypervisor.machine.attach import agent_chardev
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.drives import slots
@@ -58,6 +59,7 @@ def relocate(
     qmp: Path,
     agent: Path | None = None,
     isolated: bool = False,
+    fetched: Collection[str] = (),
 ) -> Relocated:
     """The command line of a restore of *cmdline*, which was started in *cwd*.
 
@@ -65,14 +67,16 @@ def relocate(
     `drive:INDEX` (-drive and its short forms: see `drives.slots`). What the machine writes goes
     under *into*; QMP listens on *qmp*, the guest agent's socket is *agent* or under *into*.
     Nothing is opened; only firmware named without a folder is looked for in *cwd*. An *isolated*
-    machine keeps its network cards, and no packet of theirs goes anywhere.
+    machine keeps its network cards, and no packet of theirs goes anywhere. Of the files that it
+    is booted from, those in *fetched* (absolute paths) will be under *into* too.
 
     Raises Blocked, naming the option, for what no second machine can have, and UsageError for a
     command line that QEMU would not take.
     """
-    line = applied_sets(cmdline)
+    line = direct.spelled_out(applied_sets(cmdline))
     taken = {str(path) for path in (*disks.values(), qmp, agent) if path is not None}
     scene = Scene(line, cwd, into, disks, agent, taken, isolated=isolated, incoming=incoming)
+    scene.fetched = frozenset(fetched)
     rules = RULES | {"blockdev": _blockdevs(scene)}
     unknown = sorted({option.name for option in line.options} - rules.keys())
     if unknown:
@@ -180,7 +184,7 @@ RULES: dict[str, Rule] = {
                      "jitdump", "perfmap"), _leave_out),
     **dict.fromkeys(("snapshot", "add-fd", "xen-domid", "xen-attach", "xen-domid-restrict", "h",
                      "help", "version", "audio-help"), _block),
-    **dict.fromkeys(("kernel", "initrd", "shim", "dtb"), parts.path),
+    **dict.fromkeys(direct.OPTIONS, parts.path),
     **dict.fromkeys(("smbios", "acpitable", "fw_cfg", "plugin", "trace", "option-rom"),
                     parts.fields_with_paths),
     **dict.fromkeys(("pidfile", "D"), parts.written),

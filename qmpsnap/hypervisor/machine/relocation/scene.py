@@ -21,7 +21,8 @@ class Scene:
 
     *isolated*: no packet leaves the machine. *incoming*: a captured state will be loaded into it.
     *reads*: files and folders of this host that the machine opens where they are. *roms*: firmware
-    that QEMU finds in a folder of its own.
+    that QEMU finds in a folder of its own. *fetched*: files that are read, and will be
+    under *into*.
     """
 
     line: CommandLine
@@ -36,6 +37,7 @@ class Scene:
     incoming: bool = False
     reads: list[str] = field(default_factory=list)
     roms: list[str] = field(default_factory=list)
+    fetched: frozenset[str] = frozenset()
 
     def note(self, text: str) -> None:
         if text not in self.notices:
