@@ -178,6 +178,7 @@ def _disk_space(captured: Captured, here: Here) -> Row:
     empty = [one.virtual_size_bytes for one in storage.left_out if one.virtual_size_bytes]
     needed = _OVERLAY * (1 + len(sizes) + len(empty))
     needed += here.copied_bytes if ready.wish.standalone else 0
+    needed += sum(one.bytes for one in ready.fetched)
     was = f"{in_bytes(needed)} written at once, {in_bytes(sum(sizes) + sum(empty))} in all"
     told = f"{in_bytes(here.free_bytes)} free"
     if here.free_bytes < needed:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from qmpsnap.engine import copies, layers, recover, sample, spool, survey, usage
+from qmpsnap.engine import bootfiles, copies, layers, recover, sample, spool, survey, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
@@ -36,7 +36,7 @@ from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.ids import SnapshotId, disk_labels
 from qmpsnap.shield import finish
 from qmpsnap.store import identity, local
-from qmpsnap.store.manifest import Manifest, Storage
+from qmpsnap.store.manifest import Manifest, Shared, Storage
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 
@@ -112,6 +112,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 rebind=wishes.rebind,
             )
             await asyncio.to_thread(layers.refuse_existing, made.disks)
+            boot = await bootfiles.taken(roots, facts)
             debt = await journaled(roots, monitor, made, facts)
             folder = roots.local.spool(machine.name, id)
             try:
@@ -133,7 +134,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             store = judged.store if judged else None
             used = usage.of(machine.name, str(id), before, after, store=store, earlier=earlier)
             half, manifest = await _sealed(
-                roots, made, facts, captured, copied, used, wishes.note, trial, report
+                roots, made, facts, captured, copied, used, wishes.note, trial, report, boot
             )
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
@@ -200,6 +201,7 @@ async def _sealed(
     note: str,
     trial: bool,
     report: Report,
+    boot: Sequence[Shared],
 ) -> tuple[Storage, Manifest]:
     folder = roots.local.spool(made.vm, made.id)
     half = await asyncio.to_thread(spool.storage, made, captured, copied)
@@ -214,6 +216,7 @@ async def _sealed(
         note=note,
         trial=trial,
         report=report,
+        shared=boot,
     )
     # the store half is whole by now: with this file the snapshot exists
     # a thread goes on after a cancellation: it must not seal what is being undone meanwhile

@@ -29,6 +29,7 @@ from qmpsnap.errors import (
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.hypervisor.monitor import Monitor, connect
+from qmpsnap.store import shared
 from qmpsnap.store.files import sync_folder
 from qmpsnap.store.layout import KEPT, STORAGE
 from qmpsnap.store.points import read as read_points
@@ -133,6 +134,8 @@ def _removed_local(roots: Roots, vm: str, id: str) -> None:
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder)  # it was never sealed
         sweep(roots, vm)
+        if not roots.local.ids(vm):
+            shared.forget(roots.local, vm)
     except OSError as failed:
         raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed
 

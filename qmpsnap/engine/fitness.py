@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, confined, here, history, restoration, usage
+from qmpsnap.engine import bootfiles, configuration, confined, here, history, restoration, usage
 from qmpsnap.engine.comparison import Captured, compare
 from qmpsnap.engine.confined import Wanted
 from qmpsnap.engine.half import Glanced, Pair, open_pair
@@ -20,16 +20,17 @@ from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE, USAGE
 from qmpsnap.engine.usage import Usage
-from qmpsnap.engine.verdict import Row
+from qmpsnap.engine.verdict import Row, row
 from qmpsnap.errors import (
     Blocked,
     DamagedData,
+    HalfMissing,
     LocalFailed,
     Refused,
     SnapError,
     UsageError,
 )
-from qmpsnap.store.manifest import Image
+from qmpsnap.store.manifest import Image, Shared
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 from qmpsnap.units import in_bytes
@@ -134,8 +135,12 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     chains = await asyncio.to_thread(_chains, found, points)
     with found.row("folder", "-", str(wish.to)):
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
-    seen = await pair.glance(MACHINE, USAGE)
+    other = await bootfiles.differing(pair)
+    whole = [one.entry.name for one in pair.manifest.shared if one.path in other]
+    seen = await pair.glance(MACHINE, USAGE, whole=whole)
     _files(found, seen)
+    chosen = bootfiles.choices(pair, other, seen)
+    _boot_files(found, chosen)
     machine = None
     with found.row(MACHINE, pair.manifest.qemu_version, "can be read"):
         machine = configuration.decode(seen.text(MACHINE), str(Path(vm, pair.id, MACHINE)))
@@ -145,7 +150,8 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     except (DamagedData, LocalFailed) as odd:  # a restore can do without
         found.differs(USAGE, str(odd))
     if machine is not None:
-        await _compared(found, machine, used, chains)
+        fetched = [one.file for one in chosen if one.fetched]
+        await _compared(found, machine, used, chains, fetched)
     return found
 
 
@@ -154,6 +160,7 @@ async def _compared(
     machine: configuration.Configuration,
     used: Usage | None,
     chains: Sequence[Sequence[Image]],
+    fetched: Sequence[Shared],
 ) -> None:
     pair, wish = found.pair, found.wish
     came = ", ".join(machine.hotplugged) or "nothing"
@@ -165,7 +172,7 @@ async def _compared(
         restoration.refuse_hotplugged(machine, wish)
     ready: Ready | None = None
     with found.row("command line", f"{len(machine.options or [])} options", "can be moved"):
-        ready = restoration.ready(pair, wish, machine)
+        ready = restoration.ready(pair, wish, machine, fetched)
     if ready is None:
         return
     found._ready = ready
@@ -213,6 +220,17 @@ def _files(found: Assessed, seen: Glanced) -> None:
         with found.row("vmstate" if ram else entry.name, size, size):
             if entry.name in seen.wrong:
                 raise seen.wrong[entry.name]
+
+
+def _boot_files(found: Assessed, chosen: Sequence[bootfiles.Choice]) -> None:
+    for one in chosen:
+        what, size = f"{one.file.option} {one.file.path}", in_bytes(one.file.bytes)
+        if one.trouble:
+            with found.row(what, size):
+                raise HalfMissing(one.trouble)
+            continue
+        here = "the copy of the snapshot" if one.fetched else "as it was"
+        found.rows.append(row(what, size, here, differs=one.remark))
 
 
 def _used(figures: Usage) -> int | None:

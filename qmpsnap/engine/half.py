@@ -54,30 +54,55 @@ class Pair:
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
         return (await asyncio.to_thread(files.read_small, path, side=LocalFailed)).decode()
 
-    async def glance(self, *names: str) -> Glanced:
+    async def glance(self, *names: str, whole: Sequence[str] = ()) -> Glanced:
         """The texts of the small files *names*, and whether all others are there.
+
+        Those in *whole* are read and compared.
 
         Raises DamagedData for the manifest, StoreError, LocalFailed.
         """
         if self.spooled:
-            return await asyncio.to_thread(self._glance, names)
-        seen = await self.roots.store.glance(self.vm, self.id, names, seal=self.seal)
+            return await asyncio.to_thread(self._glance, names, whole)
+        seen = await self.roots.store.glance(self.vm, self.id, names, whole=whole, seal=self.seal)
         wrong: dict[str, SnapError] = {name: error(one) for name, one in seen.troubles.items()}
         return Glanced(seen.texts, wrong)
 
-    def _glance(self, names: Sequence[str]) -> Glanced:
+    def spooled_at(self, entry: FileEntry) -> Path:
+        """Where a file lies while the store half waits in the spool."""
+        if entry not in self.manifest.files:
+            return self.roots.local.shared(self.vm) / entry.blake3
+        return self.roots.local.spool(self.vm, self.id) / entry.name
+
+    def _glance(self, names: Sequence[str], whole: Sequence[str]) -> Glanced:
         found = Glanced({}, {})
-        for entry in self.manifest.files:
-            path = self.roots.local.spool(self.vm, self.id) / entry.name
+        for entry in self.manifest.listed:
+            path = self.spooled_at(entry)
             try:
-                if entry.name not in names:
+                if entry.name not in (*names, *whole):
                     files.expect_size(path, entry, side=LocalFailed)
                     continue
                 files.expect(path, entry, side=LocalFailed)
+                if entry.name not in names:
+                    continue
                 found.texts[entry.name] = files.read_small(path, side=LocalFailed).decode()
             except (DamagedData, LocalFailed) as odd:
                 found.wrong[entry.name] = odd
         return found
+
+    async def fetch(self, entry: FileEntry, to: Path) -> None:
+        """Publish a checked copy of a file at *to*. Raises DamagedData, StoreError, LocalFailed."""
+        if not self.spooled:
+            store = self.roots.store
+            await store.fetch(self.vm, self.id, entry.name, to, seal=self.seal)
+            return
+        await asyncio.to_thread(
+            files.copy_verified,
+            self.spooled_at(entry),
+            to,
+            entry,
+            source=LocalFailed,
+            target=LocalFailed,
+        )
 
     async def load(self, fd: int, report: Report) -> None:
         """Write the vmstate, checked and unpacked, into *fd*.

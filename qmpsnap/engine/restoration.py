@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from qmpsnap.host.site import Site
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.ids import disk_labels
 from qmpsnap.store import image as frozen
-from qmpsnap.store.manifest import Disk, Image, Storage
+from qmpsnap.store.manifest import Disk, Image, Shared, Storage
 from qmpsnap.store.points import Points
 
 
@@ -47,6 +47,7 @@ class Restoration:
 class Ready:
     """What would be started, by *argv*, once its images are built.
 
+    *fetched*: files that come from the snapshot, as this host's are others by now.
     *warnings*: what differs between the captured machine's host and this one. *limits*: those
     that it gets, of a new control group at *site* (None: of none).
     """
@@ -55,6 +56,7 @@ class Ready:
     wish: Restoration
     relocated: Relocated
     qmp: Path
+    fetched: tuple[Shared, ...] = ()
     warnings: list[str] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
     site: Site | None = None
@@ -133,8 +135,13 @@ def refuse_folder(to: Path) -> None:
         raise LocalFailed(f"{to}: {failed.strerror}") from failed
 
 
-def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
-    """The machine of *wish*. Raises Blocked, HalfMissing, UsageError for one that cannot be."""
+def ready(
+    pair: Pair, wish: Restoration, machine: Configuration, fetched: Sequence[Shared] = ()
+) -> Ready:
+    """The machine of *wish*, with the files *fetched* under its folder, not the host's own.
+
+    Raises Blocked, HalfMissing, UsageError for one that cannot be.
+    """
     line, cwd = machine.command_line()
     known = machine.reconciled
     called = known.origins if known else {}
@@ -150,6 +157,7 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
         qmp=qmp,
         isolated=wish.isolated,
         secrets=wish.secrets,
+        fetched={one.path for one in fetched},
     )
     relocated.notices.extend(_withheld(machine))
     binary = wish.qemu or Path(relocated.cmdline.binary)
@@ -161,7 +169,8 @@ def ready(pair: Pair, wish: Restoration, machine: Configuration) -> Ready:
     cmdline = type(relocated.cmdline)(str(binary), relocated.cmdline.options)
     notices = [*known.notes, *(f"left out: {one}" for one in known.troubles)] if known else []
     notices += relocated.notices
-    return Ready(pair, wish, replace(relocated, cmdline=cmdline, notices=notices), qmp)
+    moved = replace(relocated, cmdline=cmdline, notices=notices)
+    return Ready(pair, wish, moved, qmp, tuple(fetched))
 
 
 def _withheld(machine: Configuration) -> list[str]:

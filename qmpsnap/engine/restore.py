@@ -71,6 +71,8 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
     await asyncio.to_thread(_make_folder, wish.to)
     try:
         await _images(ready.pair, wish, report)
+        for one in ready.fetched:
+            await ready.pair.fetch(one.entry, Path(ready.relocated.moved[one.path]))
     except BaseException:
         await finish(asyncio.to_thread(_unmade, ready.pair, wish.to), within=60)
         raise

@@ -36,7 +36,14 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
 
     try:
         judged = await judge(roots)
-        shipped = await roots.store.ship(spool, vm, id, device=judged.device, on_progress=tell)
+        shipped = await roots.store.ship(
+            spool,
+            vm,
+            id,
+            device=judged.device,
+            shared=roots.local.shared(vm),
+            on_progress=tell,
+        )
     except SnapError as failed:
         raise NotShipped(f"{vm} {id} is captured, but not shipped: {failed}") from failed
     note = Paired(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,6 +31,7 @@ from qmpsnap.store.manifest import (
     Image,
     Manifest,
     Ram,
+    Shared,
     Storage,
     encode,
 )
@@ -122,8 +123,11 @@ async def build(
     note: str,
     trial: bool,
     report: Report,
+    shared: Sequence[Shared] = (),
 ) -> Manifest:
     """Fill *folder* with the store half and seal it there. *raw* is packed, then deleted.
+
+    What is *shared* with other snapshots is on the local root by now.
 
     Raises LocalFailed; what was written stays for the caller to remove.
     """
@@ -169,6 +173,7 @@ async def build(
         storage_blake3=files.digest_bytes(encode(half)),
         note=note,
         trial_store=trial,
+        shared=list(shared),
     )
     await asyncio.to_thread(files.publish, folder / MANIFEST, encode(manifest), side=LocalFailed)
     return manifest

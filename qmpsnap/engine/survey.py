@@ -97,7 +97,8 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     attached, problem = _attached(process)
     block = await graph.query(monitor)
     agent = machine.agent or (attached.agent if attached else None)
-    sites = [_site(disk, block, attached, layers) for disk in block.disks]
+    cwd = Path(process.cwd if process and process.cwd else "/")
+    sites = [_site(disk, block, attached, cwd, layers) for disk in block.disks]
     return Survey(
         machine=machine,
         state=await runstate.query(monitor),
@@ -176,15 +177,19 @@ def _attached(process: ProcessFacts | None) -> tuple[attach.Attached | None, str
     if process is None or not process.argv or process.cwd is None:
         return None, "the QEMU process, and so its command line, could not be found on this host"
     try:
-        return attach.facts(process.argv, Path(process.cwd)), ""
+        started = host_process.started(process.pid)
+        return attach.facts(process.argv, Path(process.cwd), started=started), ""
     except SnapError as odd:
         return None, str(odd)
 
 
 def _site(
-    disk: graph.Disk, block: graph.Graph, attached: attach.Attached | None, layers: Path
+    disk: graph.Disk,
+    block: graph.Graph,
+    attached: attach.Attached | None,
+    cwd: Path,
+    layers: Path,
 ) -> Site:
-    cwd = attached.cwd if attached else Path("/")
     paths = tuple(_absolute(block.path(node.name), cwd) for node in disk.chain)
     ours = 0
     while ours < len(paths) - 1 and Path(paths[ours]).parent == layers:

@@ -129,8 +129,8 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
     if not pair.spooled:
         problems = await roots.store.verify(pair.vm, pair.id, seal=pair.seal, on_progress=tell)
         return [Finding(where=problem.file, what=problem.what) for problem in problems]
-    for one in pair.manifest.files:
-        path = roots.local.spool(pair.vm, pair.id) / one.name
+    for one in pair.manifest.listed:
+        path = pair.spooled_at(one)
         try:
             await asyncio.to_thread(files.expect, path, one, side=LocalFailed)
         except (DamagedData, LocalFailed) as damaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -78,6 +79,20 @@ def describe(pid: int) -> ProcessFacts:
         uid=_allowed(lambda: process.uids().effective),
         cgroups=cgroup.groups_of(pid),
     )
+
+
+def started(pid: int) -> float:
+    """When the process was started, in seconds since the epoch, to a hundredth.
+
+    `ProcessFacts.started_at` counts from a boot time that the kernel cuts to whole seconds: it
+    tells processes apart, and may be a second early. Raises LocalFailed when it is gone.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as gone:
+        raise LocalFailed(f"there is no process {pid} any more") from gone
+    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
 def identified(process: ProcessFacts | None) -> ProcessFacts | None:

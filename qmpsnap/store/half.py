@@ -22,7 +22,7 @@ from qmpsnap.errors import (
     UsageError,
 )
 from qmpsnap.ids import is_snapshot_id, is_vm_name
-from qmpsnap.store import wire
+from qmpsnap.store import shared, wire
 from qmpsnap.store.files import (
     Progress,
     copy_to_fd,
@@ -37,7 +37,7 @@ from qmpsnap.store.files import (
     sync_folder,
     told,
 )
-from qmpsnap.store.layout import MANIFEST, StoreRoot
+from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
 
@@ -59,6 +59,8 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
     if os.path.lexists(path) and read_small(path, side=StoreError) != content:
         raise StoreError(f"{path}: another store half is sealed there")
     make_folders(path.parent, root.path, side=StoreError)
+    for entry in _shared(manifest):
+        shared.deliver(root, request.vm, entry, _kept(request), progress)
     for entry in manifest.files:
         src, dst = spool / entry.name, path.parent / entry.name
         if not os.path.lexists(src):
@@ -66,6 +68,9 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
         make_folders(dst.parent, root.path, side=StoreError)
         copy_verified(src, dst, entry, progress)
     publish(path, content, side=StoreError)
+    for entry in _shared(manifest):
+        # one that was put aside before our folder could be seen
+        shared.deliver(root, request.vm, entry, _kept(request), progress)
     size = sum(entry.bytes for entry in manifest.files) + len(content)
     return wire.Shipped(manifest_blake3=digest_bytes(content), bytes=size)
 
@@ -87,7 +92,7 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
             if is_snapshot_id(id) and _is_folder(root.vm(name) / id):
                 found.append(_found(root, name, id))
                 progress(len(found), 0, f"looking at {name}")
-            else:
+            elif id != SHARED:
                 foreign.append(f"{name}/{id}")
     return wire.Listing(found=found, foreign=foreign)
 
@@ -100,7 +105,7 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     except (DamagedData, StoreError) as failed:
         return [wire.Problem(file=MANIFEST, what=str(failed))]
     problems = []
-    for entry in manifest.files:
+    for entry in manifest.listed:
         try:
             expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
         except (DamagedData, StoreError) as failed:
@@ -110,18 +115,20 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
 
 
-def glance(root: StoreRoot, request: wire.Glance) -> wire.Glanced:
+def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Glanced:
     """The small files that are wanted, and whether all others are there, of the right size.
 
     Raises StoreError, DamagedData for the manifest.
     """
     _, manifest = _sealed(root, request)
     texts, troubles = {}, {}
-    for entry in manifest.files:
+    for entry in manifest.listed:
         try:
             path = _path(root, request, entry)
             if entry.name in request.texts:
                 texts[entry.name] = _text(path, entry)
+            elif entry.name in request.whole:
+                expect(path, entry, side=StoreError, on_progress=progress)
             else:
                 expect_size(path, entry, side=StoreError)
         except (DamagedData, StoreError) as failed:
@@ -183,19 +190,21 @@ def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress) -> None:
 def remove(root: StoreRoot, request: wire.Remove) -> None:
     """Delete a store half: unsealed first, so that what is left after a crash never looks whole.
 
-    Nothing to delete is as good. Raises StoreError.
+    What it shared with others goes when it was the last that needed it. Nothing to delete is as
+    good. Raises StoreError.
     """
     folder = root.snapshot(request.vm, request.id)
     with told(folder, StoreError):
-        if not os.path.lexists(folder):
-            return
-        if not (_is_folder(folder.parent) and _is_folder(folder)):
-            raise StoreError(f"{folder}: not a folder of ours")
-        with suppress(FileNotFoundError):
-            (folder / MANIFEST).unlink()
-            sync_folder(folder)
-        shutil.rmtree(folder)
-        sync_folder(folder.parent)
+        if os.path.lexists(folder):
+            if not (_is_folder(folder.parent) and _is_folder(folder)):
+                raise StoreError(f"{folder}: not a folder of ours")
+            with suppress(FileNotFoundError):
+                (folder / MANIFEST).unlink()
+                sync_folder(folder)
+            shutil.rmtree(folder)
+            sync_folder(folder.parent)
+    if _is_folder(root.shared(request.vm)):
+        shared.sweep(root, request.vm)
 
 
 def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
@@ -232,6 +241,16 @@ def _manifest(
     return content, manifest
 
 
+def _shared(manifest: Manifest) -> list[FileEntry]:
+    return [entry for entry in manifest.listed if entry not in manifest.files]
+
+
+def _kept(request: wire.Ship) -> Path:
+    if request.shared is None:
+        raise LocalFailed(f"{request.vm} {request.id}: where its shared files are was not said")
+    return Path(request.shared)
+
+
 def _entry(manifest: Manifest, name: str) -> FileEntry:
     entry = manifest.entry(name)
     if entry is None:
@@ -241,8 +260,8 @@ def _entry(manifest: Manifest, name: str) -> FileEntry:
 
 def _path(root: StoreRoot, request: wire.Half, entry: FileEntry) -> Path:
     """Where a listed file lies; never behind a symbolic link, which could lead anywhere."""
-    here = root.vm(request.vm)
-    for part in [request.id, *entry.name.split("/")]:
+    here, parts = root.vm(request.vm), entry.name.split("/")
+    for part in parts if parts[0] == SHARED else [request.id, *parts]:
         if not _is_folder(here):
             raise HalfMissing(f"{here}: is missing, or not a folder of ours")
         here = here / part

@@ -16,6 +16,7 @@ IDENTITY = "identity.json"
 KEPT = "kept.json"
 MERGED = "merged.json"
 DIGESTS = "digests.json"
+SHARED = "shared"
 PROTECTED = "protected"
 PARTIAL = ".partial"
 
@@ -37,6 +38,10 @@ class _Root:
         if not is_snapshot_id(str(id)):
             raise UsageError(f"not a snapshot id: {str(id)!r}")
         return self.vm(vm) / str(id)
+
+    def shared(self, vm: str) -> Path:
+        """The folder of the files that the snapshots of *vm* share, named by their digests."""
+        return self.vm(vm) / SHARED
 
     def vms(self) -> list[str]:
         """The VMs that have a folder here, by name; other names are left out. Raises OSError."""
@@ -68,6 +73,10 @@ class LocalRoot(_Root):
     def usage(self, vm: str) -> Path:
         """The figures of the newest snapshot, which the next one counts from."""
         return self.vm(vm) / "usage.json"
+
+    def notes(self, vm: str) -> Path:
+        """What the files in `shared` were like on this host when they were read."""
+        return self.vm(vm) / f"{SHARED}.json"
 
     def layers(self, vm: str) -> Path:
         """The folder of the overlays that take writes: no snapshot's, as they still change."""

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 from qmpsnap.errors import ManifestError
 from qmpsnap.ids import is_snapshot_id, is_vm_name
+from qmpsnap.store.layout import SHARED
 
 Size = Annotated[int, Meta(ge=0)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -32,6 +33,24 @@ class FileEntry(Struct, frozen=True, kw_only=True):
             raise ValueError(f"not a relative file name: {self.name!r}")
         if parts == ["manifest.json"] or self.name.endswith(".partial"):
             raise ValueError(f"not a name for a listed file: {self.name!r}")
+
+
+class Shared(Struct, frozen=True, kw_only=True):
+    """A file that the snapshots of a VM share: `shared/BLAKE3` in the VM's folder of the store.
+
+    QEMU was given it with *option*, as *path*. *as_started* is false when it was changed after QEMU
+    had read it: then it is not what the guest was booted from.
+    """
+
+    option: Literal["kernel", "initrd", "dtb", "shim"]
+    path: str
+    bytes: Size
+    blake3: Digest
+    as_started: bool = True
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(name=f"{SHARED}/{self.blake3}", bytes=self.bytes, blake3=self.blake3)
 
 
 class Image(Struct, frozen=True, kw_only=True):
@@ -201,7 +220,10 @@ class Ram(Struct, frozen=True, kw_only=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """`manifest.json`: seals the store half, and names the local half by its digest."""
+    """`manifest.json`: seals the store half, and names the local half by its digest.
+
+    *files* lie beside it, *shared* in the VM's folder, where other snapshots may need them too.
+    """
 
     format: Literal["qmpsnap-manifest"] = "qmpsnap-manifest"
     version: Version = 1
@@ -221,19 +243,28 @@ class Manifest(Struct, frozen=True, kw_only=True):
     storage_blake3: Digest
     note: str
     trial_store: bool
+    shared: list[Shared] = []
 
     def __post_init__(self) -> None:
         _check_names(self.vm, self.id)
         _check_moment(self.taken_at)
         names = [file.name for file in self.files]
+        if any(name.split("/")[0] == SHARED for name in names):
+            raise ValueError("a file of its own is listed as one that is shared")
         if len(set(names)) != len(names):
             raise ValueError("a file is listed twice")
         if self.ram.file is not None and self.ram.file not in names:
             raise ValueError(f"the vmstate is not among the files: {self.ram.file!r}")
 
+    @property
+    def listed(self) -> list[FileEntry]:
+        """All that the store half consists of, the shared files too, each once."""
+        shared = {one.blake3: one.entry for one in self.shared}
+        return [*self.files, *shared.values()]
+
     def entry(self, name: str) -> FileEntry | None:
         """What is listed under *name*."""
-        return next((file for file in self.files if file.name == name), None)
+        return next((file for file in self.listed if file.name == name), None)
 
 
 class Paired(Struct, frozen=True, kw_only=True):

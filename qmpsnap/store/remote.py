@@ -59,17 +59,20 @@ class Store:
         id: Id,
         *,
         device: int | None = None,
+        shared: Path | None = None,
         on_progress: Progress | None = None,
     ) -> wire.Shipped:
         """Copy a sealed spool to the store and seal it there; may be broken off and repeated.
 
         *device* (of `examine`) makes sure that the store is still mounted: else StoreRefused.
+        *shared* is the folder that has the files which it shares with other snapshots.
 
         Raises HalfMissing, ManifestError, DigestMismatch, LocalFailed for the spool.
         """
         request = wire.Ship(
-            root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool), device=device
-        )
+            root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool), device=device,
+            shared=_spelled(shared) if shared is not None else None,
+        )  # fmt: skip
         return await self._ask(request, wire.Shipped, on_progress)
 
     async def verify(
@@ -88,12 +91,22 @@ class Store:
         return await self._ask(request, list[wire.Problem], on_progress)
 
     async def glance(
-        self, vm: str, id: Id, texts: Sequence[str], *, seal: str | None = None
+        self,
+        vm: str,
+        id: Id,
+        texts: Sequence[str],
+        *,
+        whole: Sequence[str] = (),
+        seal: str | None = None,
     ) -> wire.Glanced:
-        """Small files, checked, and whether the others are there. Raises DamagedData."""
+        """Small files, checked, and whether the others are there; those in *whole* are read.
+
+        Raises DamagedData.
+        """
         request = wire.Glance(
-            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, texts=list(texts)
-        )
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, texts=list(texts),
+            whole=list(whole),
+        )  # fmt: skip
         return await self._ask(request, wire.Glanced)
 
     async def read(self, vm: str, id: Id, name: str, *, seal: str | None = None) -> str:

@@ -40,10 +40,14 @@ class Half(Request, frozen=True, kw_only=True):
 
 
 class Ship(Half, frozen=True, kw_only=True):
-    """*device*: the store root must still be on this one (it was judged to be a store)."""
+    """*device*: the store root must still be on this one (it was judged to be a store).
+
+    *shared*: the folder that has the files which are shared with other snapshots.
+    """
 
     spool: str
     device: int | None
+    shared: str | None = None
 
 
 class Sealed(Half, frozen=True, kw_only=True):
@@ -57,9 +61,11 @@ class Verify(Sealed, frozen=True, kw_only=True):
 
 
 class Glance(Sealed, frozen=True, kw_only=True):
-    """*texts*: the names of small files that are wanted; of the others the size is enough."""
+    """*texts*: the names of small files that are wanted. Those in *whole* are read and compared;
+    of the others the size is enough."""
 
     texts: list[str]
+    whole: list[str] = []
 
 
 class Read(Sealed, frozen=True, kw_only=True):

@@ -55,7 +55,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Verify():
             return half.verify(root, request, _progress)
         case wire.Glance():
-            return half.glance(root, request)
+            return half.glance(root, request, _progress)
         case wire.Read():
             return half.read(root, request)
         case wire.Load():

@@ -33,10 +33,9 @@ def test_cmdline_that_is_cut_off_is_refused(argv):
         parse(argv)
 
 
-@pytest.mark.parametrize("name", ["readconfig", "writeconfig"])
-def test_cmdline_options_that_are_elsewhere_are_named(name):
-    with pytest.raises(Blocked, match=f"-{name}"):
-        parse(["qemu", f"-{name}", "file"])
+def test_cmdline_that_starts_no_machine_is_named():
+    with pytest.raises(Blocked, match="-writeconfig"):
+        parse(["qemu", "-writeconfig", "file"])
 
 
 def test_cmdline_edits_leave_the_rest_in_order():

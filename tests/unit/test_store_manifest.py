@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from qmpsnap.errors import ManifestError
+from qmpsnap.store import shared
 from qmpsnap.store.manifest import (
     KINDS,
     Digests,
@@ -112,12 +113,9 @@ def test_what_could_not_be_read_is_not_written():
 
 def test_the_committed_schemas_are_current():
     folder = Path(__file__).parents[2] / "docs" / "schemas"
-    assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {
-        *KINDS,
-        "qmpsnap-machine",
-        "qmpsnap-usage",
-    }
-    for word, schema in schemas().items():
+    others = {"qmpsnap-machine", "qmpsnap-usage", *shared.schemas()}
+    assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, *others}
+    for word, schema in (schemas() | shared.schemas()).items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpsnap.hypervisor.machine import character
+from qmpsnap.hypervisor.machine import character, readconfig
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, parse
 from qmpsnap.hypervisor.machine.options import (
     Chardev,
@@ -30,12 +30,14 @@ class Attached:
     agent: Path | None
 
 
-def facts(argv: Sequence[str], cwd: Path) -> Attached:
+def facts(argv: Sequence[str], cwd: Path, *, started: float | None = None) -> Attached:
     """What *argv*, started in *cwd*, says: both as /proc has them.
 
-    Raises UsageError or Blocked, as `cmdline.parse` does.
+    *started*: when, in seconds since the epoch; a file of -readconfig that was changed later is
+    not what QEMU has read. Raises UsageError or Blocked, as `cmdline.parse` and
+    `readconfig.included` do.
     """
-    line = applied_sets(parse(argv))
+    line = applied_sets(readconfig.included(parse(argv), cwd, started=started))
     return Attached(line, cwd, guest_name(line), tuple(_qmp(line, cwd)), agent_socket(line, cwd))
 
 

@@ -15,10 +15,6 @@ FLAGS = frozenset({
     "one-insn-per-tb", "only-migratable", "perfmap", "portrait", "preconfig", "s", "semihosting",
     "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
 })  # fmt: skip
-_BLOCKED = {
-    "readconfig": "options from a -readconfig file are not seen; put them on the command line",
-    "writeconfig": "-writeconfig does not start a machine",
-}
 _DISK_IMAGE = "hda"  # what a first argument without a dash is short for
 
 
@@ -72,8 +68,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
 
     `--name` is `-name`, and a bare word is the disk image: `-hda` says the same.
 
-    Raises UsageError for an option that lacks its value, and Blocked for -readconfig and
-    -writeconfig, whose options are elsewhere.
+    Raises UsageError for an option that lacks its value, and Blocked for -writeconfig. What a
+    -readconfig names is read by `readconfig.included`.
     """
     if not argv:
         raise UsageError("an empty command line starts no QEMU")
@@ -84,8 +80,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
             options.append(Option(_DISK_IMAGE, word))
             continue
         name = word[2:] if word.startswith("--") else word[1:]
-        if name in _BLOCKED:
-            raise Blocked(f"-{name}: {_BLOCKED[name]}")
+        if name == "writeconfig":
+            raise Blocked("-writeconfig: does not start a machine")
         if name in FLAGS:
             options.append(Option(name))
             continue

@@ -19,7 +19,7 @@ IMPLIED: dict[str, str | None] = {
     "fsdev": "fsdriver", "fw_cfg": "name", "icount": "shift", "iscsi": None, "m": "size",
     "machine": "type", "mon": "chardev", "msg": "timestamp", "name": "guest", "net": "type",
     "netdev": "type", "nic": "type", "numa": "type", "object": "qom-type",
-    "option-rom": "romfile", "overcommit": None, "plugin": "file", "rtc": "base",
+    "option-rom": "romfile", "overcommit": None, "plugin": "file", "rtc": None,
     "run-with": None, "sandbox": "enable", "semihosting-config": "enable", "smbios": None,
     "smp": "cpus", "spice": None, "tpmdev": "type", "trace": "enable", "virtfs": "fsdriver",
     "vnc": "vnc",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from qmpsnap.errors import Blocked, UsageError
+from qmpsnap.hypervisor.machine import direct
 from qmpsnap.hypervisor.machine.attach import agent_chardev
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.drives import slots
@@ -60,6 +61,7 @@ def relocate(
     agent: Path | None = None,
     isolated: bool = False,
     secrets: Mapping[str, Path] | None = None,
+    fetched: Collection[str] = (),
 ) -> Relocated:
     """The command line of a restore of *cmdline*, which was started in *cwd*.
 
@@ -68,15 +70,17 @@ def relocate(
     under *into*; QMP listens on *qmp*, the guest agent's socket is *agent* or under *into*.
     Nothing is opened; only firmware named without a folder is looked for in *cwd*. An *isolated*
     machine keeps its network cards, and no packet of theirs goes anywhere. *secrets* has the file
-    that each -object secret is to be read from, by its id: for those that are in no file yet.
+    that each -object secret is to be read from, by its id: for those that are in no file yet. Of
+    the files that it is booted from, those in *fetched* (absolute paths) will be under *into* too.
 
     Raises Blocked, naming the option, for what no second machine can have, and UsageError for a
     command line that QEMU would not take.
     """
-    line = applied_sets(cmdline)
+    line = direct.spelled_out(applied_sets(cmdline))
     taken = {str(path) for path in (*disks.values(), qmp, agent) if path is not None}
     scene = Scene(line, cwd, into, disks, agent, taken, isolated=isolated, incoming=incoming)
     scene.secrets = _known(line, secrets or {})
+    scene.fetched = frozenset(fetched)
     rules = RULES | {"blockdev": _blockdevs(scene)}
     unknown = sorted({option.name for option in line.options} - rules.keys())
     if unknown:
@@ -203,7 +207,7 @@ RULES: dict[str, Rule] = {
                      "jitdump", "perfmap"), _leave_out),
     **dict.fromkeys(("snapshot", "add-fd", "xen-domid", "xen-attach", "xen-domid-restrict", "h",
                      "help", "version", "audio-help"), _block),
-    **dict.fromkeys(("kernel", "initrd", "shim", "dtb"), parts.path),
+    **dict.fromkeys(direct.OPTIONS, parts.path),
     **dict.fromkeys(("smbios", "acpitable", "fw_cfg", "plugin", "trace", "option-rom"),
                     parts.fields_with_paths),
     **dict.fromkeys(("pidfile", "D"), parts.written),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.errors import UsageError
+from qmpsnap.hypervisor.machine import readconfig
 from qmpsnap.hypervisor.machine.attach import agent_socket
 from qmpsnap.hypervisor.machine.cmdline import parse
 from qmpsnap.hypervisor.machine.options import applied_sets, guest_name
@@ -32,18 +33,19 @@ def prepared(argv: Sequence[str], *, name: str | None, directory: Path) -> Prepa
     Its name is *name*, or the guest's (-name). Its own monitors stay as they are.
 
     Raises UsageError for a command line without a name, or one that would escape us; Blocked as
-    `cmdline.parse` does.
+    `cmdline.parse` and `readconfig.included` do: what we cannot read now cannot be taken later.
     """
     line = parse(argv)
-    if any(f"id={QMP_ID}" in (option.value or "") for option in line.all("chardev")):
+    whole = readconfig.included(line, Path.cwd())
+    if any(f"id={QMP_ID}" in (option.value or "") for option in whole.all("chardev")):
         raise UsageError(f"the command line has a chardev {QMP_ID} already")
     for odd in line.all(*_NOT_WITH_US):
         raise UsageError(f"{odd}: QEMU would leave our hands", hint="leave it out")
-    chosen = name or guest_name(line)
+    chosen = name or guest_name(whole)
     if chosen is None:
         raise UsageError("the machine has no name", hint="give --name, or -name to QEMU")
     if not is_vm_name(chosen):
         raise UsageError(f"not a name for a VM: {chosen!r}")
     qmp = directory / "qmp.sock"
-    agent = agent_socket(applied_sets(line), Path.cwd())
+    agent = agent_socket(applied_sets(whole), Path.cwd())
     return Prepared(chosen, line.append(*control(qmp)).argv(), qmp, agent)

@@ -128,6 +128,8 @@ def tpm(_scene: Scene, _index: int, option: Option) -> list[Option]:
 
 def path(scene: Scene, _index: int, option: Option) -> list[Option]:
     """An option that is the name of a file which is read."""
+    if option.value and scene.spelled(option.value) in scene.fetched:
+        return [Option(option.name, scene.move(option.value))]
     return [Option(option.name, scene.absolute(option.value or ""))]
 
 

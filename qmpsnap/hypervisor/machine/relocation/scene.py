@@ -22,6 +22,7 @@ class Scene:
     *isolated*: no packet leaves the machine. *incoming*: a captured state will be loaded into it.
     *reads*: files and folders of this host that the machine opens where they are. *roms*: firmware
     that QEMU finds in a folder of its own. *secrets*: the file for each -object secret, by its id.
+    *fetched*: files that are read, and will be under *into*.
     """
 
     line: CommandLine
@@ -37,6 +38,7 @@ class Scene:
     reads: list[str] = field(default_factory=list)
     roms: list[str] = field(default_factory=list)
     secrets: Mapping[str, Path] = field(default_factory=dict)
+    fetched: frozenset[str] = frozenset()
 
     def note(self, text: str) -> None:
         if text not in self.notices:

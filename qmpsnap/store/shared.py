@@ -1,0 +1,219 @@
+"""Files that the snapshots of a VM share, by their digest: the only place that keeps and ends them.
+
+Each lies once on the store, `VM/shared/BLAKE3`, however many snapshots name it, and once on the
+local root, from which it is shipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StoreError
+from qmpsnap.ids import is_snapshot_id
+from qmpsnap.store import local
+from qmpsnap.store.files import (
+    Progress,
+    copy_verified,
+    digest_file,
+    expect_size,
+    make_folders,
+    read_small,
+    replace,
+    sync_folder,
+    told,
+)
+from qmpsnap.store.layout import MANIFEST, LocalRoot, StoreRoot
+from qmpsnap.store.manifest import FileEntry, Manifest, decode
+
+_GOING = ".going"
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the host as it was when it was read: while it is the same, it is not read again."""
+
+    device: int
+    inode: int
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    blake3: str
+
+
+class Notes(msgspec.Struct, frozen=True, kw_only=True):
+    """`shared.json` of a VM's local folder: the files of the newest snapshot, by their paths."""
+
+    format: Literal["qmpsnap-shared"] = "qmpsnap-shared"
+    version: Literal[1] = 1
+    files: dict[str, Note]
+
+
+def keep(root: LocalRoot, vm: str, paths: Iterable[str]) -> tuple[dict[str, Note], dict[str, str]]:
+    """Copies of *paths* are on the local root afterwards: their notes, and why one has none.
+
+    What is as it was noted is not read again. Copies that no spool waits for, and that are none of
+    *paths*, go. The caller holds the VM's lock. Raises LocalFailed when the root takes no notes.
+    """
+    known = _noted(root, vm)
+    found, troubles = {}, {}
+    for path in paths:
+        try:
+            found[path] = _kept(root, vm, path, known.get(path))
+        except (LocalFailed, DamagedData) as failed:
+            troubles[path] = str(failed)
+    if found or known:
+        content = msgspec.json.format(msgspec.json.encode(Notes(files=found)), indent=2) + b"\n"
+        make_folders(root.shared(vm), root.path, side=LocalFailed)
+        replace(root.notes(vm), content, side=LocalFailed)
+        _sweep_local(root, vm, {one.blake3 for one in found.values()})
+    return found, troubles
+
+
+def forget(root: LocalRoot, vm: str) -> None:
+    """No snapshot of *vm* is left: what they shared goes too. Raises LocalFailed."""
+    with told(root.vm(vm), LocalFailed):
+        root.notes(vm).unlink(missing_ok=True)
+        for path in _inside(root.shared(vm)):
+            path.unlink()
+        with suppress(FileNotFoundError):
+            root.shared(vm).rmdir()
+
+
+def deliver(
+    root: StoreRoot, vm: str, entry: FileEntry, folder: Path, progress: Progress | None = None
+) -> None:
+    """*entry* is on the store, copied from *folder* if it is not there; what is there is not read.
+
+    The snapshot that needs it has a folder on the store by now: that keeps `sweep` from it.
+    Raises StoreError, and LocalFailed and DigestMismatch for the copy in *folder*.
+    """
+    digest = entry.blake3
+    path = root.shared(vm) / digest
+    try:
+        expect_size(path, entry, side=StoreError)
+    except (StoreError, DamagedData):
+        make_folders(path.parent, root.path, side=StoreError)
+        with told(path, StoreError):
+            path.unlink(missing_ok=True)  # cut short: another content cannot have this name
+        copy_verified(folder / digest, path, entry, progress)
+
+
+def sweep(root: StoreRoot, vm: str) -> None:
+    """Remove what no snapshot on the store needs any more.
+
+    Nothing goes while a snapshot's folder has no manifest that can be read: it may be one that is
+    just being shipped. A file is first put aside; who ships meanwhile either finds that it is not
+    there, or is seen now by its folder. Raises StoreError.
+    """
+    with told(root.vm(vm), StoreError):
+        there = _inside(root.shared(vm))
+        if not there:
+            return
+        needed = _needed(root, vm)
+        aside = [path for path in there if path.name.endswith(_GOING)]
+        for path in there:
+            if needed is not None and path not in aside and path.name not in needed:
+                gone = path.with_name(path.name + _GOING)
+                path.rename(gone)
+                aside.append(gone)
+        needed = _needed(root, vm)
+        for path in dict.fromkeys(aside):
+            back = path.with_name(path.name.removesuffix(_GOING))
+            if needed is not None and (back.name not in needed or back.exists()):
+                path.unlink()
+            elif not back.exists():
+                path.rename(back)
+        with suppress(OSError):
+            root.shared(vm).rmdir()  # only when it is empty
+        sync_folder(root.vm(vm))
+
+
+def schemas() -> dict[str, dict[str, object]]:
+    """The JSON Schema of `shared.json`, by the word that its file is named for."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {"qmpsnap-shared": dialect | msgspec.json.schema(Notes)}
+
+
+def _kept(root: LocalRoot, vm: str, path: str, known: Note | None) -> Note:
+    seen = _seen(path)
+    if known is not None and msgspec.structs.replace(seen, blake3=known.blake3) == known:
+        with suppress(LocalFailed, DamagedData):
+            expect_size(root.shared(vm) / known.blake3, _entry(known), side=LocalFailed)
+            return known
+    real = Path(os.path.realpath(path))  # /vmlinuz is a link on many a host
+    size, digest = digest_file(real, side=LocalFailed)
+    noted = msgspec.structs.replace(seen, blake3=digest)
+    make_folders(root.shared(vm), root.path, side=LocalFailed)
+    copy = root.shared(vm) / digest
+    with suppress(LocalFailed, DamagedData):
+        expect_size(copy, _entry(noted), side=LocalFailed)
+        return noted
+    with told(copy, LocalFailed):
+        copy.unlink(missing_ok=True)
+    copy_verified(real, copy, _entry(noted), source=LocalFailed, target=LocalFailed)
+    if size != seen.bytes or _seen(path) != seen:
+        raise LocalFailed(f"{path}: was changed while it was read")
+    return noted
+
+
+def _seen(path: str) -> Note:
+    with told(Path(path), LocalFailed):
+        it = Path(path).stat()
+    return Note(
+        device=it.st_dev,
+        inode=it.st_ino,
+        bytes=it.st_size,
+        mtime_ns=it.st_mtime_ns,
+        ctime_ns=it.st_ctime_ns,
+        blake3="",
+    )
+
+
+def _entry(note: Note) -> FileEntry:
+    return FileEntry(name=f"shared/{note.blake3}", bytes=note.bytes, blake3=note.blake3)
+
+
+def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
+    try:
+        content = read_small(root.notes(vm), side=LocalFailed)
+        return msgspec.json.decode(content, type=Notes).files
+    except (LocalFailed, msgspec.DecodeError):
+        return {}  # it only saves work
+
+
+def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:
+    for facts in local.survey(root, vm):
+        if facts.spool and facts.spooled is None and facts.storage is not None:
+            return  # what it waits for cannot be read
+        needed |= {one.blake3 for one in facts.spooled.shared} if facts.spooled else set()
+    with told(root.shared(vm), LocalFailed):
+        for path in _inside(root.shared(vm)):
+            if path.name not in needed:
+                path.unlink()
+
+
+def _needed(root: StoreRoot, vm: str) -> set[str] | None:
+    """The digests that the snapshots of *vm* name; None when one cannot be read."""
+    found: set[str] = set()
+    for folder in _inside(root.vm(vm)):
+        if not is_snapshot_id(folder.name):
+            continue
+        try:
+            path = folder / MANIFEST
+            manifest = decode(read_small(path, side=StoreError), Manifest, path)
+        except SnapError:
+            return None
+        found |= {one.blake3 for one in manifest.shared}
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,207 @@
+"""What snapshots share: there once, for as long as one of them needs it, whatever is cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from blake3 import blake3
+
+from qmpsnap.errors import LocalFailed
+from qmpsnap.store import shared
+from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.manifest import FileEntry, Manifest, Shared, decode, encode
+from qmpsnap.store.remote import Store
+from tests.rig.halves import ID, LATER, names, spooled
+
+KERNEL = b"a kernel" * 5000
+DIGEST = blake3(KERNEL).hexdigest()
+
+
+@pytest.fixture
+def local(tmp_path):
+    return LocalRoot(tmp_path / "local")
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "store").mkdir()
+    return Store(StoreRoot(tmp_path / "store"), within=20)
+
+
+def waiting(local: LocalRoot, id: str, kernel: Path) -> Path:
+    """A sealed spool that shares *kernel* with others."""
+    spool = spooled(local, id=id)
+    notes, troubles = shared.keep(local, "web", [str(kernel)])
+    assert troubles == {}
+    path = spool / "manifest.json"
+    note = notes[str(kernel)]
+    one = Shared(option="kernel", path=str(kernel), bytes=note.bytes, blake3=note.blake3)
+    sealed = decode(path.read_bytes(), Manifest, path)
+    # twice under one digest: kernel and initrd may well be the same file
+    path.write_bytes(encode(msgspec.structs.replace(sealed, shared=[one, one])))
+    return spool
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    (tmp_path / "real").write_bytes(KERNEL)
+    (tmp_path / "vmlinuz").symlink_to("real")
+    return tmp_path / "vmlinuz"
+
+
+async def send(store: Store, local: LocalRoot, id: str, kernel: Path) -> None:
+    await store.ship(waiting(local, id, kernel), "web", id, shared=local.shared("web"))
+
+
+async def test_one_copy_for_all_until_the_last_goes(store, local, kernel):
+    await send(store, local, ID, kernel)
+    copy = store.root.shared("web") / DIGEST
+    first = copy.stat()
+    assert first.st_mode & 0o777 == 0o600
+    await send(store, local, LATER, kernel)
+    assert copy.stat() == first
+    assert await store.verify("web", LATER) == []
+    assert (await store.catalogue("web")).foreign == []
+    await store.remove("web", ID)
+    assert copy.stat().st_ino == first.st_ino
+    await store.remove("web", LATER)
+    assert names(store.root.vm("web")) == []
+
+
+async def test_a_damaged_one_is_named_by_all_who_need_it(store, local, kernel, tmp_path):
+    await send(store, local, ID, kernel)
+    copy = store.root.shared("web") / DIGEST
+    name = f"shared/{DIGEST}"
+    await store.fetch("web", ID, name, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == KERNEL
+    copy.write_bytes(KERNEL[:-1] + b"!")
+    (problem,) = await store.verify("web", ID)
+    assert problem.file == name
+    assert (await store.glance("web", ID, [])).troubles == {}
+    assert list((await store.glance("web", ID, [], whole=[name])).troubles) == [name]
+    copy.write_bytes(KERNEL[:-1])
+    assert list((await store.glance("web", ID, [])).troubles) == [name]
+    # the next snapshot that needs it puts it right
+    await send(store, local, LATER, kernel)
+    assert await store.verify("web", ID) == []
+    copy.unlink()
+    assert [one.file for one in await store.verify("web", ID)] == [name]
+
+
+async def test_what_cannot_be_judged_is_not_removed(store, local, kernel):
+    await send(store, local, ID, kernel)
+    folder = store.root.shared("web")
+    (folder / "none's").touch()
+    other = store.root.snapshot("web", LATER)
+    other.mkdir()  # as of one that is just being shipped
+    shared.sweep(store.root, "web")
+    assert names(folder) == sorted([DIGEST, "none's"])
+    (other / "manifest.json").write_text("{")
+    shared.sweep(store.root, "web")
+    assert names(folder) == sorted([DIGEST, "none's"])
+    (other / "manifest.json").unlink()
+    other.rmdir()
+    shared.sweep(store.root, "web")
+    assert names(folder) == [DIGEST]
+
+
+async def test_a_sweep_that_was_cut_off_is_made_good(store, local, kernel):
+    await send(store, local, ID, kernel)
+    folder = store.root.shared("web")
+    (folder / DIGEST).rename(folder / f"{DIGEST}.going")
+    (folder / "x.going").touch()
+    shared.sweep(store.root, "web")
+    assert names(folder) == [DIGEST]
+    # the snapshot's folder went, and nothing else: who removes it again does the rest
+    (folder / f"{DIGEST}.going").touch()
+    store.root.manifest("web", ID).unlink()
+    for path in sorted(store.root.snapshot("web", ID).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    store.root.snapshot("web", ID).rmdir()
+    await store.remove("web", ID)
+    assert names(store.root.vm("web")) == []
+
+
+@pytest.mark.parametrize("at", [1, 2])
+async def test_one_that_is_shipped_meanwhile_keeps_it(store, local, kernel, monkeypatch, at):
+    """Another host ships while ours sweeps, after the first look or after the second."""
+    await send(store, local, ID, kernel)
+    spool = waiting(local, LATER, kernel)
+    look, looks = shared._needed, []
+
+    def interrupted(root, vm):
+        looks.append(vm)
+        found = look(root, vm)
+        if len(looks) == at:
+            # its folder, as `ship` makes it before it looks for what is shared
+            store.root.snapshot("web", LATER).mkdir()
+        return found
+
+    store.root.manifest("web", ID).rename(local.path / "aside")
+    for path in sorted(store.root.snapshot("web", ID).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    store.root.snapshot("web", ID).rmdir()
+    monkeypatch.setattr(shared, "_needed", interrupted)
+    shared.sweep(store.root, "web")
+    monkeypatch.undo()
+    assert len(looks) == 2
+    await store.ship(spool, "web", LATER, shared=local.shared("web"))
+    assert await store.verify("web", LATER) == []
+    assert names(store.root.shared("web")) == [DIGEST]
+
+
+def test_what_is_as_it_was_is_not_read_again(local, kernel):
+    local.path.mkdir()
+    (before, _) = shared.keep(local, "web", [str(kernel)])
+    copy = local.shared("web") / DIGEST
+    assert names(local.shared("web")) == [DIGEST]
+    stamp = copy.stat()
+    # were it read, its content would be found to be another
+    local.notes("web").write_bytes(
+        local.notes("web").read_bytes().replace(DIGEST.encode(), b"ab" * 32)
+    )
+    copy.rename(copy.with_name("ab" * 32))
+    (after, _) = shared.keep(local, "web", [str(kernel)])
+    assert after[str(kernel)].blake3 == "ab" * 32
+    copy.with_name("ab" * 32).rename(copy)
+    (after, _) = shared.keep(local, "web", [str(kernel)])  # without the copy it is
+    assert after == before
+    assert copy.stat().st_ino == stamp.st_ino
+    kernel.write_bytes(KERNEL.upper())
+    (after, _) = shared.keep(local, "web", [str(kernel)])
+    assert names(local.shared("web")) == [blake3(KERNEL.upper()).hexdigest()]
+    assert after != before
+    _, troubles = shared.keep(local, "web", ["/nosuch/kernel"])
+    assert list(troubles) == ["/nosuch/kernel"]
+    assert names(local.shared("web")) == []
+    shared.forget(local, "web")
+    assert names(local.vm("web")) == []
+
+
+async def test_a_spool_that_waits_keeps_its_own(store, local, kernel):
+    spool = waiting(local, ID, kernel)
+    kernel.write_bytes(b"another")
+    shared.keep(local, "web", [str(kernel)])
+    assert len(names(local.shared("web"))) == 2
+    await store.ship(spool, "web", ID, shared=local.shared("web"))
+    assert (store.root.shared("web") / DIGEST).read_bytes() == KERNEL
+    with pytest.raises(LocalFailed, match="was not said"):
+        await store.ship(spool, "web", ID)
+
+
+def test_its_folder_holds_nothing_else():
+    entry = FileEntry(name="shared/x", bytes=1, blake3="ab" * 32)
+    path = Path("manifest.json")
+    with pytest.raises(Exception, match="as one that is shared"):
+        decode(_with(entry), Manifest, path)
+
+
+def _with(entry: FileEntry) -> bytes:
+    from tests.rig.halves import manifest
+
+    content = encode(manifest([], "ab" * 32))
+    tree = msgspec.json.decode(content)
+    tree["files"] = [msgspec.to_builtins(entry)]
+    return msgspec.json.encode(tree)
