@@ -90,17 +90,23 @@ def _complaint(log: Path) -> RuntimeError:
 
 async def _listening(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
     # QEMU makes the sockets in the order of its command line, the witness last
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             if process.poll() is not None:
                 raise _complaint(log)
-            with contextlib.suppress(FileNotFoundError, ConnectionError):
-                reader, writer = await asyncio.open_unix_connection(socket)
-                await reader.readline()
-                writer.write(b'{"execute": "qmp_capabilities"}')
-                answer = await reader.readline()  # unlike the greeting, it waits for the machine
-                writer.close()
-                await writer.wait_closed()
-                if answer:
+            with contextlib.suppress(FileNotFoundError, ConnectionError, TimeoutError):
+                if await _answers(socket):
                     return
             await asyncio.sleep(0.005)
+
+
+async def _answers(socket: Path) -> bool:
+    reader, writer = await asyncio.open_unix_connection(socket)
+    try:
+        async with asyncio.timeout(5):  # one of thousands never answers on its first connection
+            await reader.readline()
+            writer.write(b'{"execute": "qmp_capabilities"}')
+            return bool(await reader.readline())  # unlike the greeting, it waits for the machine
+    finally:
+        writer.close()
+        await writer.wait_closed()
