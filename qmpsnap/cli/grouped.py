@@ -42,13 +42,14 @@ def limits(out: Output, now: Sample) -> None:
         return
     above = [(f"{one.hierarchy or 'v2'}:{one.path}", one.limits) for one in now.cgroup.ancestors]
     named = [("its own", now.cgroup.limits), *above]
-    rows = [[path, told] for path, own in named if (told := ", ".join(_limits(own)))]
+    rows = [[path, told] for path, own in named if (told := ", ".join(words(own)))]
     if rows:
         out.line()
         out.table(("GROUP", "LIMITS"), rows)
 
 
-def _limits(limits: GroupLimits) -> Iterable[str]:
+def words(limits: GroupLimits) -> Iterable[str]:
+    """Each of *limits* with its unit."""
     from qmpsnap.cli.render import in_bytes
 
     sizes = {
@@ -71,6 +72,8 @@ def _limits(limits: GroupLimits) -> Iterable[str]:
             yield f"{word} {in_bytes(size)}"
     if limits.pids_max_count is not None:
         yield f"{limits.pids_max_count} tasks"
+    for pages, most in (limits.hugetlb_max_bytes or {}).items():
+        yield f"huge pages of {pages} {in_bytes(most)}"
     for device, one in (limits.io_max or {}).items():
         rates = f"read {per_second(one.read_bytes_per_second)}, write " + per_second(
             one.write_bytes_per_second

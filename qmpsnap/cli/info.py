@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmpsnap.cli import options
 from qmpsnap.cli.target import Call
 from qmpsnap.cli.verb import verb
+
+if TYPE_CHECKING:
+    from qmpsnap.cli.render import Output
+    from qmpsnap.engine.info import Info
 
 EPILOG = """\b
 Examples:
@@ -35,7 +39,9 @@ async def info(
 ) -> None:
     """Tell what is possible with a running VM, and why not; the names of its disks too.
 
-    Nothing is changed. Works without roots; with --local it tells our overlays from others.
+    RAM modes, levels of each disk, the agent, bitmaps, what the VM's control groups leave for a
+    snapshot, and everything that is in the way, each with its reason. Nothing is changed. Works
+    without roots; with --local it tells our overlays from others.
     """
     from qmpsnap.cli.render import in_bytes
 
@@ -84,6 +90,7 @@ async def info(
             if disk.taken
         ],
     )
+    _levels(out, found)
     for disk in found.disks:
         for one in disk.bitmaps:
             out.line(f"{disk.name}: bitmap {one.name}, {one.standing}, {in_bytes(one.dirty_bytes)}")
@@ -96,3 +103,48 @@ async def info(
             restorable,
         ],
     )
+    _limits(out, found)
+    if found.blockers:
+        out.line()
+        out.table(("IN THE WAY OF", "WHY"), [[one.of, one.why] for one in found.blockers])
+
+
+def _levels(out: Output, found: Info) -> None:
+    out.line()
+    out.table(
+        ("DISK", "LEVEL", "POSSIBLE", "WHY"),
+        [
+            [disk.name, one.what, "yes" if one.possible else "no", one.why]
+            for disk in found.disks
+            if disk.taken
+            for one in disk.levels
+        ],
+    )
+
+
+def _limits(out: Output, found: Info) -> None:
+    from qmpsnap.cli.grouped import words
+    from qmpsnap.cli.render import in_bytes
+    from qmpsnap.cli.units import count
+
+    limits = found.limits
+    out.line()
+    if limits is None or limits.why:
+        out.line(f"control groups: not known{f': {limits.why}' if limits else ''}")
+    elif not limits.groups:
+        out.line("control groups: none limits this VM")
+    else:
+        out.table(
+            ("CONTROL GROUP", "LIMITS", "MEMORY LEFT", "TASKS LEFT", "ENOUGH", "WHY"),
+            [
+                [
+                    one.folder,
+                    ", ".join(words(one.limits)),
+                    in_bytes(one.memory_left_bytes),
+                    count(one.tasks_left_count),
+                    "yes" if one.enough else "no",
+                    one.why,
+                ]
+                for one in limits.groups
+            ],
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,7 @@ Examples:
   qmpsnap usage web --chart cpu
   qmpsnap usage web --csv >web.csv
   qmpsnap usage web --svg >web.svg
+  qmpsnap usage web --png web.png
 
 \b
 Exit codes: 0 done; 2 usage; 3 no such VM; 4 a root cannot be read.
@@ -60,16 +62,24 @@ async def usage(
             show_default=False,
         ),
     ] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same picture as PNG, into FILE, which is replaced. Default: a table.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show what a VM and its host used at each snapshot, oldest first."""
     from qmpsnap.cli import chart as charts
-    from qmpsnap.cli import picture
+    from qmpsnap.cli import picture, raster
     from qmpsnap.engine.row import row
     from qmpsnap.errors import UsageError, VmUnknown
 
     out = call.out
-    if (csv, svg, chart is not None, out.json).count(True) > 1:
-        raise UsageError("--csv, --chart, --svg and --json are ways to print the same")
+    if (csv, svg, png is not None, chart is not None, out.json).count(True) > 1:
+        raise UsageError("--csv, --chart, --svg, --png and --json are ways to show the same")
     figure = charts.figure(chart) if chart is not None else None
     machine = call.machine(vm, reach=False)
     records = await call.engine().usages(vm)
@@ -83,7 +93,9 @@ async def usage(
     if csv:
         _csv(out, rows)
     elif svg:
-        out.line(picture.svg(vm, rows))
+        out.line(picture.svg(picture.drawn(vm, rows)))
+    elif png is not None:
+        png.write_bytes(raster.png(picture.drawn(vm, rows)))
     elif not rows:
         out.notice("no snapshots found")
     elif figure is not None:

@@ -7,20 +7,44 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import survey
+from qmpsnap.engine import allowance, survey
+from qmpsnap.engine.allowance import Allowance
 from qmpsnap.engine.copy import private_folder
 from qmpsnap.engine.levels import Chosen, Since, choose
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import plan
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.wishes import Level, RamChoice, Wishes
-from qmpsnap.errors import MonitorBusy, SnapError
+from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
+from qmpsnap.errors import Blocked, MonitorBusy, SnapError
 from qmpsnap.hypervisor.block import bitmap
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.ids import SnapshotId, disk_labels
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
+
+# Each level, and what it does where no more is to be said of it
+_LEVELS = {
+    Level.FULL: "copies all of it",
+    Level.INC: "",
+    Level.DIFF: "",
+    Level.OVERLAY: "copies nothing; the VM goes on in a new file",
+}
+
+
+class Possibility(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether *what* can be done, and the reason if not, or the way it would be done."""
+
+    what: str
+    possible: bool
+    why: str
+
+
+class Blocker(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in the way. *of*: of a `snapshot`, of the `ram`, of a `restore`, or of a disk."""
+
+    of: str
+    why: str
 
 
 class BitmapInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +59,8 @@ class BitmapInfo(msgspec.Struct, frozen=True, kw_only=True):
 class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A drive that the guest sees. *names* are what -i and -x take; *layers* are ours.
 
-    *level* is what `create --level auto` would make of it, *changed_bytes* what an increment would
-    copy, if that was asked for and there can be one.
+    *level* is what `create --level auto` would make of it, *levels* what is to be said of each;
+    *changed_bytes* what an increment would copy, if that was asked for and there can be one.
     """
 
     name: str
@@ -53,17 +77,13 @@ class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
     level_why: str = ""
     bitmaps: list[BitmapInfo] = []
     changed_bytes: int | None = None
-
-
-class Possibility(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether *what* can be done, and the reason if not, or the way it would be done."""
-
-    what: str
-    possible: bool
-    why: str
+    levels: list[Possibility] = []
 
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """*blockers*: everything that rules something out. *limits*: what the VM's control groups leave
+    for a snapshot."""
+
     vm: str
     qemu_version: str
     qemu_package: str
@@ -78,6 +98,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     possibilities: list[Possibility]
     restorable: bool
     restorable_why: str
+    blockers: list[Blocker] = []
+    limits: Allowance | None = None
 
 
 async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info:
@@ -92,7 +114,7 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
     try:
         async with connect(machine.socket) as monitor:
             facts = await survey.take(monitor, machine, layers)
-            chosen = await asyncio.to_thread(_levels, facts, points)
+            chosen, levels = await asyncio.to_thread(_levels, facts, points)
             if changes:
                 for name, one in chosen.items():
                     if one.since is not None:
@@ -110,18 +132,44 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
         ram_bytes=facts.ram_bytes,
         agent=str(facts.agent) if facts.agent else None,
         agent_trouble=facts.agent_trouble,
-        disks=[_disk(site, chosen.get(site.name), changed.get(site.name)) for site in facts.sites],
-        possibilities=[_possible(facts, choice, layers) for choice in RamChoice],
+        disks=[
+            _disk(site, chosen.get(site.name), changed.get(site.name), levels.get(site.name, []))
+            for site in facts.sites
+        ],
+        possibilities=[
+            *(_possible(facts, choice, layers) for choice in RamChoice),
+            _quiesce(facts, layers),
+        ],
+        blockers=_blockers(facts),
+        limits=await asyncio.to_thread(allowance.look, facts),
         restorable=facts.attached is not None,
         restorable_why=facts.problem,
     )
 
 
-def _levels(facts: survey.Survey, points: Points) -> dict[str, Chosen]:
+def _levels(
+    facts: survey.Survey, points: Points
+) -> tuple[dict[str, Chosen], dict[str, list[Possibility]]]:
+    """What `auto` would choose for each disk, and which levels there are for it."""
     taken = [site for site in facts.sites if site.disk.chain and not site.disk.read_only]
-    return {
-        site.name: choose(Level.AUTO, site, disk_labels([site.name])[0], points) for site in taken
+    labels = {site.name: disk_labels([site.name])[0] for site in taken}
+    chosen = {one.name: choose(Level.AUTO, one, labels[one.name], points) for one in taken}
+    several = {
+        one.name: [_level(level, one, labels[one.name], points) for level in _LEVELS]
+        for one in taken
     }
+    return chosen, several
+
+
+def _level(level: Level, site: survey.Site, label: str, points: Points) -> Possibility:
+    if site.disk.trouble:
+        return Possibility(what=level.value, possible=False, why=site.disk.trouble)
+    try:
+        why = choose(level, site, label, points).reason
+    except Blocked as refused:
+        told = str(refused).partition(" is possible: ")[2] or str(refused)
+        return Possibility(what=level.value, possible=False, why=told)
+    return Possibility(what=level.value, possible=True, why=_LEVELS[level] or why)
 
 
 async def _changed(monitor: Monitor, facts: survey.Survey, name: str, since: Since) -> int:
@@ -150,7 +198,9 @@ def _bitmaps(site: survey.Site) -> list[BitmapInfo]:
     ]
 
 
-def _disk(site: survey.Site, chosen: Chosen | None, changed: int | None) -> DiskInfo:
+def _disk(
+    site: survey.Site, chosen: Chosen | None, changed: int | None, levels: list[Possibility]
+) -> DiskInfo:
     disk = site.disk
     why = disk.trouble or ("empty drive" if not disk.chain else "")
     why = why or ("read-only" if disk.read_only else "")
@@ -169,6 +219,7 @@ def _disk(site: survey.Site, chosen: Chosen | None, changed: int | None) -> Disk
         level_why=chosen.reason if chosen and not why else "",
         bitmaps=_bitmaps(site),
         changed_bytes=changed,
+        levels=levels,
     )
 
 
@@ -182,3 +233,25 @@ def _possible(facts: survey.Survey, choice: RamChoice, layers: Path) -> Possibil
     if choice is RamChoice.BACKGROUND and not facts.abilities.background_safe:
         why = "works, but must not fail half-way on this QEMU: it is never chosen by itself"
     return Possibility(what=what, possible=True, why=why)
+
+
+def _quiesce(facts: survey.Survey, layers: Path) -> Possibility:
+    wish = Wishes(ram=RamChoice.NONE, quiesce=Quiesce.AGENT)
+    try:
+        plan(facts, wish, SnapshotId("20000101T000000000Z"), layers)
+    except SnapError as refused:
+        return Possibility(what="--quiesce agent", possible=False, why=str(refused))
+    return Possibility(what="--quiesce agent", possible=True, why="the agent answers")
+
+
+def _blockers(facts: survey.Survey) -> list[Blocker]:
+    found = [Blocker(of="snapshot", why=f"QEMU is busy with {one}") for one in facts.jobs]
+    found += [Blocker(of="ram", why=one) for one in facts.blocked_reasons]
+    if facts.reconciled is not None:
+        found += [Blocker(of="ram", why=one) for one in facts.reconciled.troubles]
+    if facts.problem:
+        found.append(Blocker(of="restore", why=facts.problem))
+    for site in facts.sites:
+        if site.disk.trouble:
+            found.append(Blocker(of=f"disk {site.name}", why=site.disk.trouble))
+    return found

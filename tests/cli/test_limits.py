@@ -48,6 +48,13 @@ async def test_a_restored_machine_is_limited(program: Program, qemu72: Path) -> 
         for folder in group.folders:
             (folder / "cgroup.procs").write_text(str(vm.pid))
         await program.ok("create", "web", "--socket", vm.qmp, *program.roots)
+        asked = await program.ok("info", "web", "--socket", vm.qmp, *program.roots, "--json")
+        known = shaped("info", asked.record)["limits"]
+        own = {one["folder"]: one for one in known["groups"]}
+        limited = [folder for folder in group.folders if folder.parts[-2] != "cpuset"]
+        assert {str(folder) for folder in limited} <= set(own)
+        assert all(one["enough"] for one in own.values())
+        assert known["why"] == ""
     words = ["restore", "web", "--to", "back", *program.roots]
 
     same = (await program.ok(*words, "--check", "--limits", "same", "--json")).record

@@ -16,6 +16,7 @@ from qmpsnap.engine import usage
 from qmpsnap.engine.history import Record
 from qmpsnap.engine.row import Row, row
 from tests.cli.conftest import Program, powered, shipped
+from tests.unit import test_raster
 from tests.unit.test_usage import FIRST
 
 
@@ -54,6 +55,14 @@ async def test_a_history_of_two(program: Program, qemu72: Path) -> None:
     assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
     assert {one.text for one in drawn.iter() if one.text} >= {"CPUs in use", "RSS", "written"}
 
+    await program.ok("usage", "web", *program.roots, "--png", "web.png")
+    content = (program.dir / "web.png").read_bytes()
+    colours = {dot for row in test_raster.read(content) for dot in row}
+    assert {(0x0B, 0x6B, 0xCB), (0xC2, 0x57, 0x0C)} <= colours
+    ran = await program.run("usage", "web", *program.roots, "--png", "no/such/folder.png")
+    assert (ran.code, ran.out) == (4, "")
+    assert "no/such/folder.png: No such file or directory" in ran.err
+
     bars = (await program.ok("usage", "web", *program.roots, "--chart", "memory")).out
     assert bars.count("█" * 30) == 2
 
@@ -77,7 +86,7 @@ async def test_misuse(program: Program) -> None:
     for words in (
         ["--csv", "--json"],
         ["--chart", "cpu", "--csv"],
-        ["--svg", "--csv"],
+        ["--svg", "--png", "web.png"],
         ["--chart", "colour"],
     ):
         ran = await program.run("usage", "web", *program.roots, *words)
@@ -104,7 +113,7 @@ def test_a_picture_has_gaps_where_nothing_is_known() -> None:
         )
         for day, one in enumerate(shares)
     ]
-    drawn = ElementTree.fromstring(picture.svg("a<b", rows))
+    drawn = ElementTree.fromstring(picture.svg(picture.drawn("a<b", rows)))
     kinds = [one.tag.rpartition("}")[2] for one in drawn.iter()]
     assert kinds.count("circle") == 3
     (line,) = [one for one in drawn.iter() if one.tag.endswith("polyline")]
@@ -112,7 +121,7 @@ def test_a_picture_has_gaps_where_nothing_is_known() -> None:
     assert x1 < x2
     assert y1 > y2  # upwards is more
     assert "a<b" in str(drawn.findtext("{http://www.w3.org/2000/svg}text"))
-    assert "no snapshots" in picture.svg("web", [])
+    assert "no snapshots" in picture.svg(picture.drawn("web", []))
 
 
 def test_a_bar_in_eighths() -> None:

@@ -48,6 +48,14 @@ async def test_the_whole_job(program: Program, qemu72: Path) -> None:
         reach = ["--socket", vm.qmp]
         info = shaped("info", (await program.ok("info", "web", *reach, "--json")).record)
         assert [disk["name"] for disk in info["disks"]] == ["vd0"]
+        levels = {one["what"]: one for one in info["disks"][0]["levels"]}
+        possible = {"full": True, "inc": False, "diff": False, "overlay": True}
+        assert {what: one["possible"] for what, one in levels.items()} == possible
+        assert levels["inc"]["why"] == "the first copy of this disk"
+        asked = {one["what"]: one for one in info["possibilities"]}
+        assert not asked["--quiesce agent"]["possible"]
+        assert "no agent socket" in asked["--quiesce agent"]["why"]
+        assert info["blockers"] == []
         text = (await program.ok("info", "web", *reach)).out
         assert "--ram live" in text
         plan = await program.ok("create", "web", *reach, *program.roots, "--dry-run", "--json")
