@@ -15,6 +15,7 @@ Examples:
   qmpsnap show web
   qmpsnap show web 20261122T1650 --json
   qmpsnap show web --usage
+  qmpsnap show web --machine
 
 \b
 Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
@@ -36,14 +37,33 @@ async def show(
             show_default=False,
         ),
     ] = False,
+    machine: Annotated[
+        bool,
+        typer.Option(
+            "--machine",
+            help="Show what the captured machine was made of. With --json: the record itself. "
+            "Default: what the snapshot consists of.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
-    from qmpsnap.cli import used
+    from qmpsnap.cli import described, used
     from qmpsnap.cli.render import in_bytes, in_ms
     from qmpsnap.cli.shapes import Shown
+    from qmpsnap.errors import UsageError
 
     call.machine(vm, reach=False)
     engine = call.engine()
+    if usage and machine:
+        raise UsageError("--usage and --machine are two views: give one of them")
+    if machine:
+        captured = await engine.captured(vm, snapshot(id))
+        if call.out.json:
+            call.out.record(captured)
+        else:
+            described.show(call.out, captured)
+        return
     if usage:
         record = await engine.usage(vm, snapshot(id))
         if call.out.json:

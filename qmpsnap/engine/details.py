@@ -45,6 +45,7 @@ from qmpsnap.hypervisor.machine.tree import Found, TreeDevice
 from qmpsnap.hypervisor.monitor import Monitor
 
 T = TypeVar("T")
+_WITHIN = 2.0  # seconds for the binary to say where it looks for firmware: it takes 0.1
 
 
 class Pinned(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,8 +256,9 @@ async def _folders(subject: Subject) -> list[Path] | None:
     if exe is None or not await asyncio.to_thread(_ours, Path(exe)):
         return None
     try:
-        return await binary.folders(Path(exe))
-    except Blocked:
+        async with asyncio.timeout(_WITHIN):
+            return await binary.folders(Path(exe))
+    except (Blocked, TimeoutError):
         return None
 
 

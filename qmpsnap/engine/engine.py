@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qmpsnap.engine import (
     boot,
+    configuration,
     copies,
     create,
     delete,
@@ -32,11 +33,13 @@ from qmpsnap.engine import (
     verify,
 )
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.spool import MACHINE
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
 from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
 from qmpsnap.host import lock
@@ -108,6 +111,15 @@ class Engine:
         """The local half of the snapshot *id* at each of its revisions, the RAM's own first."""
         points = await asyncio.to_thread(read_points, self.roots.local, vm)
         return [one.storage for one in points if one.storage.id == id]
+
+    async def captured(self, vm: str, word: str = listing.LATEST) -> Configuration:
+        """The machine of one snapshot, as `machine.json` has it.
+
+        Raises SnapshotUnknown, HalfMissing, ManifestError, StoreError.
+        """
+        entry = await listing.find(self.roots, vm, word)
+        pair = await half.open_pair(self.roots, entry)
+        return configuration.decode(await pair.read(MACHINE), f"{vm} {entry.id} {MACHINE}")
 
     async def usage(self, vm: str, word: str = listing.LATEST) -> history.Record:
         """What the VM and its host used at one snapshot, and since the one before.

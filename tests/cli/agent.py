@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_UNKNOWN = {"guest-get-osinfo", "guest-get-host-name", "guest-get-timezone"}
+_UNKNOWN |= {"guest-get-fsinfo", "guest-network-get-interfaces"}
+
 
 @dataclass(slots=True)
 class Agent:
@@ -28,7 +31,10 @@ class Agent:
         with contextlib.suppress(ConnectionError):
             while line := (await reader.readline()).lstrip(b"\xff"):
                 message = json.loads(line)
-                reply = {"return": await self._answer(message)}
+                if message["execute"] in _UNKNOWN:
+                    reply: dict[str, object] = {"error": {"desc": "it has been disabled"}}
+                else:
+                    reply = {"return": await self._answer(message)}
                 mark = b"\xff" if message["execute"] == "guest-sync-delimited" else b""
                 writer.write(mark + json.dumps(reply).encode() + b"\n")
                 await writer.drain()

@@ -18,6 +18,7 @@ import pytest
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.comparison import Row
 from qmpsnap.engine.configuration import Configuration
+from qmpsnap.engine.details import Details
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import RamChoice, Wishes
 from qmpsnap.errors import Blocked, ManifestError, NotShipped, SnapError
@@ -154,17 +155,15 @@ async def test_each_field_of_the_machine_that_is_gone_is_named(kept: Kept) -> No
     assert await kept.rows() == {}
     tree = json.loads((kept.spool / "machine.json").read_bytes())
     assert set(tree) == set(Configuration.__struct_fields__)
-    for key in [*tree, *(("inventory", inner) for inner in tree["inventory"])]:
+    assert set(tree["details"]) == set(Details.__struct_fields__)
+    inner = [(part, key) for part in ("inventory", "details") for key in tree[part]]
+    for *parts, key in [*((key,) for key in tree), *inner]:
         other = copy.deepcopy(tree)
-        if isinstance(key, tuple):
-            del other[key[0]][key[1]]
-        else:
-            del other[key]
+        del (other[parts[0]] if parts else other)[key]
         with kept.changed("machine.json", json.dumps(other).encode()):
             found = await kept.rows()
         assert list(found) == ["machine.json"]
-        name = key if isinstance(key, str) else key[1]
-        assert f"`{name}`" in found["machine.json"].why or f".{name}`" in found["machine.json"].why
+        assert f"`{key}`" in found["machine.json"].why or f".{key}`" in found["machine.json"].why
 
 
 async def test_each_option_of_the_machine_that_is_gone_is_known_by_its_digest(kept: Kept) -> None:
@@ -335,3 +334,33 @@ async def test_a_machine_of_a_newer_qmpsnap(kept: Kept) -> None:
         assert "version 99" in (await kept.rows())["machine.json"].why
         with pytest.raises(ManifestError, match="version 99"):
             await kept.engine.prepare_restore("web", Restoration(kept.to), kept.id)
+
+
+async def test_a_machine_of_version_1_comes_back(kept: Kept) -> None:
+    tree = json.loads((kept.spool / "machine.json").read_bytes())
+    del tree["details"]
+    with kept.changed("machine.json", json.dumps(tree | {"version": 1}).encode()):
+        assert await kept.rows() == {}
+        ready = await kept.engine.prepare_restore("web", Restoration(kept.to), kept.id)
+        async with kept.engine.restored(ready) as back:
+            assert back.process.pid
+
+
+Other = Callable[[dict[str, Any]], object]
+DETAILS: list[tuple[Other, str, str]] = [
+    (lambda it: it["cpu"]["features"].append("nosuch"), "CPU features", "differs"),
+    (lambda it: it["firmware"][0].update(blake3="0" * 64), "firmware ", "differs"),
+    (lambda it: it["firmware"][0].update(size_bytes=1 << 30), "firmware ", "blocks"),
+    (lambda it: it["memory_backends"][0].update(huge_page_bytes=4096), "huge pages", "blocks"),
+]
+
+
+async def test_what_is_not_here_as_it_was_there(kept: Kept) -> None:
+    tree = json.loads((kept.spool / "machine.json").read_bytes())
+    for change, what, verdict in DETAILS:
+        other = copy.deepcopy(tree)
+        change(other["details"])
+        with kept.changed("machine.json", json.dumps(other).encode()):
+            (row,) = (await kept.rows()).values()
+        assert row.what.startswith(what)
+        assert row.verdict == verdict

@@ -62,9 +62,13 @@ async def test_the_guest_runs_on_wherever_the_wire_is_cut(
         names = list(it.wire.names)
         assert {"blockdev-add", "transaction"} <= set(names)
         # up to there every RAM mode does the same
-        at = 1 if ram is RamChoice.NONE else names.index("blockdev-add") + 1
+        begun = names.index("blockdev-add")
+        at = 1 if ram is RamChoice.NONE else begun + 1
         while await _cut(it, ram, Fault(at, delivered=delivered)):
             at += 1
+            # nothing has been done yet: the same question asked again is no other place to cut
+            while at < begun and names[at - 1] == names[at - 2]:
+                at += 1
         # how often a migration is asked for its state differs: one past the end is found, not known
         assert it.wire.seen < at
         assert at >= len(set(names))

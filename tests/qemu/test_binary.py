@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import Blocked
-from qmpsnap.hypervisor.machine import binary
+from qmpsnap.hypervisor.machine import binary, features
 from tests.rig.qemu import binaries
 
 
@@ -92,3 +92,26 @@ async def test_nobody_is_left_behind_when_the_question_is_called_off(tmp_path: P
 def _lines(path: Path, count: int) -> list[str]:
     with path.open("r+b", buffering=0) as file:  # stays open between two writers
         return [file.readline().decode() for _ in range(count)]
+
+
+async def test_features_that_a_guest_can_have_here(qemu: Path) -> None:
+    known = await features.available(qemu, "tcg", "Haswell")
+    assert known is not None
+    assert {"sse2", "avx2", "rdtscp"} <= known
+    assert not {"pcid", "tsc-deadline", "vmx"} & known  # which TCG has not got
+    most = await features.available(qemu, "tcg", "max")
+    assert most is not None
+    assert most <= known  # a model of its own adds to what the host has
+    nobody = await features.available(qemu, "tcg", "nosuch")
+    assert nobody == most
+    assert await features.available(qemu, "nosuch", "Haswell") is None
+
+
+async def test_features_are_asked_for_once(qemu72: Path, tmp_path: Path) -> None:
+    counted, calls = tmp_path / "qemu", tmp_path / "calls"
+    counted.write_text(f'#!/bin/sh\necho x >> {calls}\nexec {qemu72} "$@"\n')
+    counted.chmod(0o755)
+    assert await features.available(counted, "tcg", "max") is not None
+    assert await features.available(counted, "tcg", "max") is not None
+    assert calls.read_text().split() == ["x"]
+    assert await features.available(tmp_path / "none", "tcg", "max") is None
