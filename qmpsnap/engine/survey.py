@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,7 +98,8 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     block = await graph.query(monitor)
     agent = machine.agent or (attached.agent if attached else None)
     cwd = Path(process.cwd if process and process.cwd else "/")
-    sites = [_site(disk, block, attached, cwd, layers) for disk in block.disks]
+    plugged = {one.id for one in seen.devices or [] if one.id and one.hotplugged}
+    sites = [_site(disk, block, attached, plugged, cwd, layers) for disk in block.disks]
     return Survey(
         machine=machine,
         state=await runstate.query(monitor),
@@ -187,6 +188,7 @@ def _site(
     disk: graph.Disk,
     block: graph.Graph,
     attached: attach.Attached | None,
+    plugged: Collection[str],
     cwd: Path,
     layers: Path,
 ) -> Site:
@@ -197,7 +199,7 @@ def _site(
     origin: str = disk.chain[ours].name if disk.chain else disk.device
     options: dict[str, str] = {}
     if attached is not None:
-        origin, options = _on_command_line(disk, origin, attached)
+        origin, options = _on_command_line(disk, origin, attached, plugged)
     return Site(disk, paths, ours, origin, options, _beside(paths))
 
 
@@ -252,7 +254,7 @@ def _absolute(filename: str, cwd: Path) -> str:
 
 
 def _on_command_line(
-    disk: graph.Disk, node: str, attached: attach.Attached
+    disk: graph.Disk, node: str, attached: attach.Attached, plugged: Collection[str]
 ) -> tuple[str, dict[str, str]]:
     for slot in slots(attached.line):
         if disk.device and slot.backend == disk.device:
@@ -266,11 +268,12 @@ def _on_command_line(
                 fields = blockdev.fields
                 aio = fields.get("file.aio") or fields.get("aio")
                 return name, _some(fields.get("discard"), aio)
-    # and that one is gone once it was folded: only the device still names it
+    # and that one is gone once it was folded: only the device still names it, unless another
+    # one was plugged under its id
     for option in attached.line.all("device"):
         device = Device.of(option)
         drive = device.fields.get("drive")
-        if drive is not None and device.id == disk.name:
+        if drive is not None and device.id == disk.name and device.id not in plugged:
             return drive, {}
     # one that came at run time; the nodes of a drive have no name that an option could give them
     return disk.device or node, {}

@@ -43,8 +43,11 @@ Q35 = [
 ]
 
 
-def image(path: Path, format: str = "qcow2") -> Path:
+def image(path: Path, format: str = "qcow2", mark: int = 0) -> Path:
     subprocess.run(["qemu-img", "create", "-q", "-f", format, path, str(SIZE)], check=True)
+    if mark:
+        with path.open("r+b") as file:
+            file.write(bytes([mark]) * 512)
     return path
 
 
@@ -95,7 +98,19 @@ async def hmp(vm: Running, line: str) -> str:
 
 
 async def unplug(vm: Running, *ids: str) -> None:
-    """And wait; a reset of the machine stands for a guest that releases what is on PCI."""
+    """What asks no guest; also its disk is free then."""
+    async with connect(vm.qmp) as monitor:
+        with monitor.listen("DEVICE_DELETED") as events:
+            for id in ids:
+                await monitor.execute("device_del", {"id": id})
+            gone: set[str] = set()
+            async with asyncio.timeout(30):
+                while not gone >= set(ids):
+                    gone.add((await events.next()).data.get("device", ""))
+
+
+async def release(vm: Running, *ids: str) -> None:
+    """What is on PCI: a reset of the machine stands for a guest that lets go of it."""
     for id in ids:
         await ask(vm.witness, "device_del", {"id": id})
     await ask(vm.witness, "system_reset")
@@ -117,7 +132,8 @@ async def a_processor(vm: Running, id: str) -> None:
 
 async def came_and_went_on_pc(vm: Running) -> None:
     at = vm.dir
-    await unplug(vm, "first", "kbd", "vdgone")
+    await unplug(vm, "kbd")
+    await release(vm, "first", "vdgone")
     await ask(vm.witness, "netdev_add", {"type": "user", "id": "n1", "restrict": True})
     await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", addr="1c.1")
     await plug(vm, "e1000", "nic2", mac="52:54:00:00:00:78", romfile="", bus="br0", addr="5")
@@ -143,14 +159,16 @@ async def came_and_went_on_pc(vm: Running) -> None:
 
 
 async def came_and_went_on_q35(vm: Running) -> None:
-    await unplug(vm, "mouse")
+    await unplug(vm, "mouse", "lun9")
     await ask(vm.witness, "netdev_add", {"type": "socket", "id": "n1", "listen": "127.0.0.1:0"})
     await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", bus="rp0")
     random = {"qom-type": "rng-random", "id": "r1", "filename": "/dev/urandom"}
     await ask(vm.witness, "object-add", random)
     await plug(vm, "virtio-rng-pci", "mouse", rng="r1", bus="rp1")  # the id of one that went
-    await ask(vm.witness, "blockdev-add", raw(image(vm.dir / "h0.raw", "raw"), "h0"))
+    # its id is that of one that went, whose own disk is another's by now
+    await ask(vm.witness, "blockdev-add", raw(image(vm.dir / "h0.raw", "raw", 9), "h0"))
     await plug(vm, "scsi-hd", "lun9", bus="scsi0.0", drive="h0", lun=7)
+    await plug(vm, "scsi-hd", "lun1", bus="scsi0.0", drive="s9", lun=1)
     await plug(vm, "scsi-cd", "cd", bus="scsi0.0")
     await plug(vm, "usb-tablet", "tablet")
     await ask(
@@ -174,7 +192,11 @@ async def test_it_comes_back_with_its_ram_and_can_be_taken_again(
     gone = ["-drive", f"if=none,id=g0,format=raw,file={image(at / 'g0.raw', 'raw')}",
             "-device", "virtio-blk-pci,drive=g0,id=vdgone"]  # fmt: skip
     short_form = ["-drive", f"if=virtio,format=raw,file={image(at / 'v0.raw', 'raw')}"]
-    line = [*PC, *gone, *disk, *short_form] if machine == "pc" else [*Q35, *disk]
+    source = (
+        f"driver=raw,node-name=s9,file.driver=file,file.filename={image(at / 's9.raw', 'raw', 1)}"
+    )
+    lun = ["-blockdev", source, "-device", '{"driver":"scsi-hd","id":"lun9","drive":"s9"}']
+    line = [*PC, *gone, *disk, *short_form] if machine == "pc" else [*Q35, *lun, *disk]
     engine = Engine(short / "local", store, allow_local_store=True)
     async with running(qemu, *line, directory=at) as vm:
         with witness(vm.witness) as eye:
@@ -190,6 +212,11 @@ async def test_it_comes_back_with_its_ram_and_can_be_taken_again(
         assert qmp is not None
         async with connect(qmp) as monitor:
             same(await seen(monitor), before)
+            for name, mark in {"lun9": 9, "lun1": 1}.items() if machine == "q35" else ():
+                command = f'qemu-io -d /machine/peripheral/{name} "read -P {mark} 0 512"'
+                said = {"command-line": command}
+                told = await monitor.execute("human-monitor-command", said)
+                assert "verification" not in told, name
         again = await engine.create(Machine("again", qmp), PAUSED)
     newest = binary("11.1")
     wish = Restoration(short / "two", qemu=newest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from qmpsnap.errors import CommandRefused
 from qmpsnap.hypervisor.machine.changes import Changes
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
@@ -16,16 +14,19 @@ from qmpsnap.hypervisor.monitor import Monitor
 
 # What else than `addr` says where a device is on its bus; QEMU chooses what is not said.
 _PLACES = ("channel", "scsi-id", "lun", "nr", "unit", "slot")
-_PCI = re.compile(r"[0-9a-f]+\.[0-7]")
+# QEMU chooses them by the number of vCPUs at the start, of those who would use them all.
+_QUEUES = ("num-queues", "num_queues", "vectors")
 _NO_BUS = "main-system-bus"
 
 
 class Places:
-    """Asks one QEMU where its devices are."""
+    """Asks one QEMU where its devices are. *fewer*: it has lost vCPUs that it started with."""
 
-    def __init__(self, monitor: Monitor, ports: Ports) -> None:
+    def __init__(self, monitor: Monitor, ports: Ports, *, fewer: bool) -> None:
         self._monitor = monitor
         self._ports = ports
+        self._names = (*_PLACES, *_QUEUES) if fewer else _PLACES
+        self._fewer = fewer
 
     async def pinned(self, line: CommandLine, found: Changes) -> tuple[CommandLine, list[str]]:
         """*line* without the devices that have gone; the others say their bus and address.
@@ -34,7 +35,7 @@ class Places:
         """
         drives = {slot.index: slot for slot in slots(line)}
         # these are made in their turn, between the others, wherever there is room
-        moved = any(line.options[index].name == "device" for index in found.gone)
+        moved = self._fewer or any(line.options[index].name == "device" for index in found.gone)
         out: list[Option] = []
         troubles = []
         for index, option in enumerate(line.options):
@@ -63,7 +64,7 @@ class Places:
         found: dict[str, int | str] = {}
         if facts.addr is not None:
             found["addr"] = facts.addr
-        for name in _PLACES:
+        for name in self._names:
             number = await self._number(facts.path, name)
             if number is not None:
                 found[name] = number

@@ -47,7 +47,10 @@ class Image:
             "read-only": disk.read_only,
             "detect-zeroes": top.detect_zeroes,
             "cache": {"direct": top.cache_direct, "no-flush": top.cache_no_flush},
-            "file": {"driver": "file", "filename": self.path},
+            "file": {
+                "driver": "host_device" if self.path.startswith("/dev/") else "file",
+                "filename": self.path,
+            },
         }
         return option_of("blockdev", from_json(tree))
 

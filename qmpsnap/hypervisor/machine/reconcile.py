@@ -60,9 +60,9 @@ async def reconcile(
     ports = Ports(monitor, inventory)
     troubles = [f"device {path}: it cannot be told what made it" for path in found.unclear]
     new = line
-    if found.gone:
-        new, pinned_troubles = await Places(monitor, ports).pinned(line, found)
-        troubles += pinned_troubles
+    if found.gone or missing:
+        new, unknown = await Places(monitor, ports, fewer=bool(missing)).pinned(line, found)
+        troubles += unknown
         new = await _without_what_has_gone(new, ends, nodes)
     plugged = Plugged(ends, Properties(monitor), ports, images, cpus, new)
     await plugged.add(found.plugged)
