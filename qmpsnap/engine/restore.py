@@ -139,7 +139,7 @@ async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report:
         await load(monitor, feed)
     except MonitorLost as died:
         # before 9.1 a QEMU that cannot load exits; its stderr has the reason
-        words = await asyncio.to_thread(_last_line, process.log)
+        words = await asyncio.to_thread(_last_words, process.log)
         raise MigrationFailed(f"QEMU did not take the state: {words}") from died
     manifest = ready.pair.manifest
     if manifest.was == "running":
@@ -192,6 +192,9 @@ def _unmade(pair: Pair, to: Path) -> None:
     dependents.forget(pair.roots.local, pair.vm, pair.id, to)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "it said nothing"
+def _last_words(log: Path) -> str:
+    """QEMU's last line; the one before it too where the last only says that it failed."""
+    lines = log.read_text(errors="replace").splitlines()[-2:]
+    if len(lines) == 2 and "load of migration failed" not in lines[1]:
+        del lines[0]
+    return "; ".join(lines) or "it said nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,6 +66,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         said = {key: value for key, value in said.items() if key not in ("port", "drive")}
         where = {"type": one.type, "bus": one.bus, "addr": one.addr}
         devices[one.id or f"{one.type} {one.bus} {one.addr}"] = where | said
+    usb = await monitor.execute("human-monitor-command", {"command-line": "info usb"})
     cpus = await monitor.execute("query-hotpluggable-cpus")
     memory = await monitor.execute("query-memory-devices")
     block = await monitor.execute("query-block")
@@ -74,7 +76,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         "memory": [one["data"] | {"hotplugged": None} for one in memory],
         "pci": await monitor.execute("query-pci"),
         "drives": sorted(one["device"] for one in block),
-        "usb": await monitor.execute("human-monitor-command", {"command-line": "info usb"}),
+        "usb": re.sub(r"Device \d+\.\d+", "", usb),  # the firmware numbers them in its own time
     }
 
 
@@ -162,6 +164,7 @@ async def came_and_went_on_q35(vm: Running) -> None:
     await unplug(vm, "mouse", "lun9")
     await ask(vm.witness, "netdev_add", {"type": "socket", "id": "n1", "listen": "127.0.0.1:0"})
     await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", bus="rp0")
+    await ask(vm.witness, "netdev_add", {"type": "user", "id": "spare"})  # on no card, with a state
     random = {"qom-type": "rng-random", "id": "r1", "filename": "/dev/urandom"}
     await ask(vm.witness, "object-add", random)
     await plug(vm, "virtio-rng-pci", "mouse", rng="r1", bus="rp1")  # the id of one that went

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpsnap.errors import Blocked, CommandRefused
-from qmpsnap.hypervisor.machine.cmdline import Option
+from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.inventory import Inventory
 from qmpsnap.hypervisor.machine.keyval import Fields, Json, Pair, from_json
-from qmpsnap.hypervisor.machine.options import option_of
+from qmpsnap.hypervisor.machine.options import fields_of, option_of
 from qmpsnap.hypervisor.monitor import Monitor
 
 # What a device calls the objects that it needs.
@@ -40,6 +40,7 @@ _FAMILIAR = frozenset(
 # Their peers do not come along: a restored card is connected to nothing, whatever it was.
 _PEERS = frozenset({"socket", "stream", "dgram", "l2tpv3", "vde"})
 _NET = re.compile(r"^(?: \\ )?(?P<id>[^:\s]+): index=\d+,type=(?P<type>[^,]+),?(?P<rest>.*)$")
+_UNNAMED = re.compile(r"#|user\.\d+$")  # what -nic and -net make
 _USER_NET = "10.0.2.0"
 
 
@@ -65,6 +66,15 @@ class BackEnds:
                     queues = self._networks.setdefault(found["id"], [])
                     queues.append((found["type"], found["rest"]))
         return self._networks
+
+    async def user_networks(self, line: CommandLine) -> list[str]:
+        """The ids of the user networks that came at run time: no option of *line* made them."""
+        known = {fields_of(one).get("id") for one in line.all("netdev", "nic", "net")}
+        return [
+            ident
+            for ident, queues in (await self.networks()).items()
+            if queues[0][0] == "user" and ident not in known and not _UNNAMED.match(ident)
+        ]
 
     async def objects(self) -> Mapping[str, str]:
         """The types of the user's objects, by id."""

@@ -54,9 +54,10 @@ async def reconcile(
     found = changes(inventory, line)
     cpus = await processors.query(monitor, inventory)
     missing = cpus.gone if cpus is not None else []
-    if not found and not missing:
-        return None
     ends = BackEnds(monitor, inventory)
+    users = await ends.user_networks(line)
+    if not found and not missing and not users:
+        return None
     ports = Ports(monitor, inventory)
     troubles = [f"device {path}: it cannot be told what made it" for path in found.unclear]
     new = line
@@ -67,12 +68,15 @@ async def reconcile(
     plugged = Plugged(ends, Properties(monitor), ports, images, cpus, new)
     await plugged.add(found.plugged)
     new = plugged.line
+    for ident in users:
+        if ident not in {Netdev.of(option).id for option in new.all("netdev")}:
+            new = new.append(await ends.netdev(ident))  # it has a state, with or without a card
     if cpus is not None:
         new = cpus.spelled(new)
     new = defaults.kept(line, new)
     return Reconciled(
         line=new,
-        plugged=tuple(one.id or one.path for one in found.plugged),
+        plugged=(*(one.id or one.path for one in found.plugged), *users),
         unplugged=(*_names(line, found), *(f"{slot.type} {_where(slot)}" for slot in missing)),
         troubles=(*troubles, *plugged.troubles),
         notes=tuple(ends.notes),
