@@ -39,7 +39,8 @@ def examine(names: Iterable[str], places: Sequence[Path]) -> list[FirmwareFile]:
         if path is not None and size is not None and size <= left:
             left -= size
             with suppress(LocalFailed):  # one that is not ours to read is known by its size
-                digest = files.digest_file(path, side=LocalFailed)[1]
+                # distributions keep the same file under several names, as links
+                digest = files.digest_file(path.resolve(), side=LocalFailed)[1]
         where = str(path) if path else None
         found.append(FirmwareFile(name=name, path=where, size_bytes=size, blake3=digest))
     return found

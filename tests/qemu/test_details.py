@@ -54,7 +54,8 @@ def words(folder: Path) -> list[str]:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "16M"], check=True)
     (folder / "key").write_text(HUSH)
     (folder / "item").write_bytes(b"abc")
-    (folder / "flash").write_bytes(bytes(2 * MIB))
+    (folder / "code").write_bytes(bytes(2 * MIB))
+    (folder / "flash").symlink_to("code")
     return [
         *("-M", "q35", "-cpu", "Haswell,+avx,-rtm,vendor=AuthenticAMD", "-name", "rich"),
         *("-smp", "3,sockets=2,cores=2,threads=1,maxcpus=4", "-m", "96M,slots=4,maxmem=1G"),
@@ -293,6 +294,7 @@ def _host(found: Details, vm: Running, eye: Witness) -> None:
     assert pinned["vcpu", "1"] == [0]
     files = {one.name: one for one in found.firmware or []}
     assert {"vgabios-stdvga.bin", "efi-virtio.rom", "efi-e1000.rom"} <= files.keys()
+    assert str(vm.dir / "flash") in files
     for one in files.values():
         assert one.path is not None
         content = Path(one.path).read_bytes()
