@@ -140,7 +140,7 @@ def _socket(scene: Scene, fields: Fields, name: str, path: str) -> Fields:
         return plain.set("path", scene.move_socket(path, to=agent))
     if any(user.name == "tpmdev" for user in users):
         moved = scene.move_socket(path)
-        scene.note(f"chardev {name}: a swtpm of its own must listen at {moved}")
+        scene.note(f"chardev {name}: the TPM is a swtpm of its own, which listens at {moved}")
         return fields.set("path", moved)
     scene.note(f"chardev {name}: was connected to {path}, now null")
     return _instead(fields, "null")
