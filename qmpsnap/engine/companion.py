@@ -30,9 +30,11 @@ def with_tpm(ready: Ready, seen: Glanced) -> tuple[Ready, list[Row]]:
     except (SnapError, msgspec.DecodeError) as odd:
         # what is loaded says all but this, and a TPM 1.2 has become rare
         facts, unread = nothing(found[0], str(odd)), str(odd)
-    names = [f"{FOLDER}/{name}" for name in facts.files] if cold else []
+    listed = [f"{FOLDER}/{name}" for name in facts.files]
+    names = listed if cold else []
+    damaged = [str(seen.wrong[name]) for name in listed if name in seen.wrong]
     keys = [key for key in facts.keys if key.file]
-    verdict, why = _verdict(facts, cold, unread, seen, names, found[1])
+    verdict, why = _verdict(facts, cold, unread, seen, damaged, found[1])
     told = f"TPM {facts.tpm}" + (f", state of {facts.moment}" if facts.moment else ", no state")
     row = Row(what=f"TPM {facts.id}", captured=told, here="a swtpm", verdict=verdict, why=why)
     if found[1] is None or verdict == "blocks":
@@ -82,7 +84,7 @@ def _verdict(
     cold: bool,
     unread: str,
     seen: Glanced,
-    names: Sequence[str],
+    damaged: Sequence[str],
     socket: Path | None,
 ) -> tuple[Verdict, str]:
     loose = [key for key in facts.keys if not key.file]
@@ -91,7 +93,7 @@ def _verdict(
         *(["its chardev connects to no unix socket"] if socket is None else []),
         *_unreadable(facts.keys),
         *([unread] if cold and unread and NAME in seen.wrong else []),
-        *(str(seen.wrong[name]) for name in names if name in seen.wrong),
+        *(damaged if cold else []),
         *(
             f"its state is encrypted with a key that nobody can give: {key.value}"
             for key in loose
@@ -100,7 +102,9 @@ def _verdict(
     ]
     if blocking:
         return "blocks", "; ".join(blocking)
-    if cold and not names:
+    if damaged:
+        return "differs", f"the RAM has it all, a boot would not: {'; '.join(damaged)}"
+    if cold and not facts.files:
         return "differs", f"a new TPM, which knows nothing of the old one: {facts.trouble}"
     if cold and facts.moment == "around":
         return "differs", "its state was written while the snapshot was taken"
