@@ -255,10 +255,13 @@ def _show_command(out: Output, ready: Ready) -> None:
             to=str(ready.wish.to),
             qmp=str(ready.qmp),
             argv=ready.argv,
+            companions=ready.companions,
             moved=dict(ready.relocated.moved),
             notices=ready.notices,
             limits=ready.limits,
         )
         out.record(prepared)
     else:
+        for words in ready.companions:
+            out.line(shlex.join(words))
         out.line(shlex.join(ready.argv))

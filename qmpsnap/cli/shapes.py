@@ -119,7 +119,10 @@ class Restored(Struct, frozen=True, kw_only=True):
 
 
 class Prepared(Struct, frozen=True, kw_only=True):
-    """`restore --no-start`: images are built, *argv* would start the machine."""
+    """`restore --no-start`: images are built, *argv* would start the machine.
+
+    *companions* are to be started before it, and end with it.
+    """
 
     id: str
     vm: str
@@ -130,6 +133,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
     moved: dict[str, str]
     notices: list[str]
     limits: list[Limit] = []
+    companions: list[list[str]] = []
 
 
 class Started(Struct, frozen=True, kw_only=True):

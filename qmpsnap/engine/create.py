@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from qmpsnap.engine import bootfiles, copies, layers, recover, sample, spool, survey, usage
+from qmpsnap.engine import bootfiles, copies, layers, recover, sample, spool, survey, tpm, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
@@ -117,7 +117,9 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             folder = roots.local.spool(machine.name, id)
             try:
                 before = await sample.take(monitor, facts, roots.local.path)
+                held = await tpm.looked(facts)
                 captured = await instant(monitor, made, facts, debt, folder, report)
+                held = await tpm.settled(held)
                 after = await _after(monitor, facts, roots)
                 home = roots.local.snapshot(machine.name, id)
                 copied = await copies.taken(
@@ -134,7 +136,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             store = judged.store if judged else None
             used = usage.of(machine.name, str(id), before, after, store=store, earlier=earlier)
             half, manifest = await _sealed(
-                roots, made, facts, captured, copied, used, wishes.note, trial, report, boot
+                roots, made, facts, captured, copied, used, wishes.note, trial, report, boot, held
             )
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
@@ -202,6 +204,7 @@ async def _sealed(
     trial: bool,
     report: Report,
     boot: Sequence[Shared],
+    held: tpm.Held | None,
 ) -> tuple[Storage, Manifest]:
     folder = roots.local.spool(made.vm, made.id)
     half = await asyncio.to_thread(spool.storage, made, captured, copied)
@@ -217,6 +220,7 @@ async def _sealed(
         trial=trial,
         report=report,
         shared=boot,
+        held=held,
     )
     # the store half is whole by now: with this file the snapshot exists
     # a thread goes on after a cancellation: it must not seal what is being undone meanwhile

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import bootfiles, configuration, confined, here, history, restoration, usage
+from qmpsnap.engine import (
+    bootfiles,
+    companion,
+    configuration,
+    confined,
+    here,
+    history,
+    restoration,
+    tpm,
+    usage,
+)
 from qmpsnap.engine.comparison import Captured, compare
 from qmpsnap.engine.confined import Wanted
 from qmpsnap.engine.half import Glanced, Pair, open_pair
@@ -137,7 +147,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
     other = await bootfiles.differing(pair)
     whole = [one.entry.name for one in pair.manifest.shared if one.path in other]
-    seen = await pair.glance(MACHINE, USAGE, whole=whole)
+    seen = await pair.glance(MACHINE, USAGE, tpm.NAME, whole=whole)
     _files(found, seen)
     chosen = bootfiles.choices(pair, other, seen)
     _boot_files(found, chosen)
@@ -151,7 +161,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
         found.differs(USAGE, str(odd))
     if machine is not None:
         fetched = [one.file for one in chosen if one.fetched]
-        await _compared(found, machine, used, chains, fetched)
+        await _compared(found, machine, used, chains, fetched, seen)
     return found
 
 
@@ -161,6 +171,7 @@ async def _compared(
     used: Usage | None,
     chains: Sequence[Sequence[Image]],
     fetched: Sequence[Shared],
+    seen: Glanced,
 ) -> None:
     pair, wish = found.pair, found.wish
     came = ", ".join(machine.hotplugged) or "nothing"
@@ -175,7 +186,9 @@ async def _compared(
         ready = restoration.ready(pair, wish, machine, fetched)
     if ready is None:
         return
+    ready, rows = companion.with_tpm(ready, seen)
     found._ready = ready
+    found.rows += rows
     facts = await here.look(ready, machine, chains)
     within = None
     usages = [used] if used is not None else []
@@ -212,6 +225,8 @@ def _files(found: Assessed, seen: Glanced) -> None:
     for entry in manifest.files:
         if entry.name in (MACHINE, USAGE):
             continue  # they are read, and told then
+        if entry.name.split("/")[0] in (tpm.NAME, tpm.FOLDER):
+            continue  # with the TPM itself
         ram = entry.name == manifest.ram.file
         size = in_bytes(entry.bytes)
         if entry.name in seen.wrong and not (ram and not found.wish.cold):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ from qmpsnap.ids import SnapshotId, disk_labels
 from qmpsnap.store.manifest import LeftOut
 
 MAX_PAUSE = 0.2  # seconds, unless the caller says otherwise
+_ELSEWHERE = {
+    "vhost-user-blk": "its data is in another process",
+    "vhost-user-scsi": "its data is in another process",
+    "vhost-scsi": "its data is in the host's kernel",
+    "vhost-user-fs": "a folder of the host",
+    "virtio-9p": "a folder of the host",
+    "usb-mtp": "a folder of the host",
+}
 _OVERLAY = Chosen(Level.OVERLAY, "asked for")
 
 
@@ -200,7 +208,16 @@ def wanted(facts: Survey, wishes: Wishes) -> tuple[list[Site], tuple[LeftOut, ..
             raise Blocked(f"disk {site.name}: its file cannot be told")
         else:
             chosen.append(site)
-    return chosen, tuple(left_out)
+    return chosen, (*left_out, *_elsewhere(facts))
+
+
+def _elsewhere(facts: Survey) -> Iterator[LeftOut]:
+    """What the guest stores in another process, or sees of the host: no disk of QEMU's."""
+    for device in facts.inventory.devices or []:
+        for start, reason in _ELSEWHERE.items():
+            if device.type.startswith(start):
+                yield LeftOut(device=device.id or device.path, reason=f"{device.type}: {reason}")
+                break
 
 
 def _left_out(site: Site, wishes: Wishes) -> str:

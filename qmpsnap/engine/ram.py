@@ -21,9 +21,10 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
         told = "; ".join(facts.reconciled.troubles)
         raise Blocked(f"the RAM could not be restored later: {told}", hint=_NO_RAM)
     if facts.blocked_reasons:
-        raise Blocked(
-            f"QEMU cannot save its state: {'; '.join(facts.blocked_reasons)}", hint=_NO_RAM
-        )
+        reasons = "; ".join([*facts.blocked_reasons, *facts.tied])
+        raise Blocked(f"QEMU cannot save its state: {reasons}", hint=_NO_RAM)
+    if facts.tied:
+        raise Blocked(f"the RAM could not be restored later: {'; '.join(facts.tied)}", hint=_NO_RAM)
     trouble = background_trouble(facts)
     if facts.state is RunState.PAUSED:
         return _ram_of_paused(facts, asked, trouble)

@@ -12,6 +12,7 @@ from qmpsnap.engine.half import Pair
 from qmpsnap.engine.limiting import Choice, Limit
 from qmpsnap.errors import BaseChanged, Blocked, LocalFailed, UsageError
 from qmpsnap.host.site import Site
+from qmpsnap.host.swtpm import Wanted
 from qmpsnap.hypervisor.machine.relocate import Relocated, relocate
 from qmpsnap.ids import disk_labels
 from qmpsnap.store import image as frozen
@@ -48,6 +49,7 @@ class Ready:
     """What would be started, by *argv*, once its images are built.
 
     *fetched*: files that come from the snapshot, as this host's are others by now.
+    *tpm*: the swtpm that is started beside it, which finds *tpm_files* of the snapshot.
     *warnings*: what differs between the captured machine's host and this one. *limits*: those
     that it gets, of a new control group at *site* (None: of none).
     """
@@ -57,6 +59,8 @@ class Ready:
     relocated: Relocated
     qmp: Path
     fetched: tuple[Shared, ...] = ()
+    tpm: Wanted | None = None
+    tpm_files: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
     site: Site | None = None
@@ -66,12 +70,21 @@ class Ready:
         return self.relocated.cmdline.argv()
 
     @property
+    def companions(self) -> list[list[str]]:
+        """What has to be started before it, and ends with it."""
+        return [self.tpm.argv()] if self.tpm is not None else []
+
+    @property
     def notices(self) -> list[str]:
         return self.relocated.notices
 
     @property
     def log(self) -> Path:
         return self.wish.to / "qemu.log"
+
+    @property
+    def tpm_log(self) -> Path:
+        return self.wish.to / "swtpm.log"
 
 
 def storage_of(pair: Pair, points: Points, wish: Restoration) -> Storage:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from qmpsnap.engine import dependents, fitness
+from qmpsnap.engine import companion, dependents, fitness
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
@@ -21,7 +22,7 @@ from qmpsnap.engine.restoration import Restoration as Restoration
 from qmpsnap.engine.restoration import places, refuse_folder
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import HalfMissing, LocalFailed, MigrationFailed, MonitorLost
-from qmpsnap.host import cage, journal, qemu_img
+from qmpsnap.host import cage, journal, qemu_img, swtpm
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
 from qmpsnap.hypervisor.monitor import Monitor, connect
@@ -73,6 +74,7 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
         await _images(ready.pair, wish, report)
         for one in ready.fetched:
             await ready.pair.fetch(one.entry, Path(ready.relocated.moved[one.path]))
+        await companion.placed(ready)
     except BaseException:
         await finish(asyncio.to_thread(_unmade, ready.pair, wish.to), within=60)
         raise
@@ -89,14 +91,16 @@ async def restored(
     control group that the kernel refuses; what was built is removed then.
     """
     begun = False
+    lifetime: Literal["detached", "with-us"] = "detached" if detach else "with-us"
     try:
         async with (
             _caged(ready) as group,
+            _accompanied(ready, lifetime),
             launched(
                 ready.argv,
                 directory=ready.wish.to,
                 log=ready.log,
-                lifetime="detached" if detach else "with-us",
+                lifetime=lifetime,
                 inside=group.words if group else (),
                 hold=group.hold if group else (),
             ) as process,
@@ -126,6 +130,18 @@ async def _caged(ready: Ready) -> AsyncIterator[cage.Cage | None]:
         return
     async with cage.made(ready.site, ready.pair.vm) as group:
         yield group
+
+
+@asynccontextmanager
+async def _accompanied(
+    ready: Ready, lifetime: Literal["detached", "with-us"]
+) -> AsyncIterator[None]:
+    """What has to be there before QEMU starts is there for the block."""
+    if ready.tpm is None:
+        yield
+        return
+    async with swtpm.serving(ready.tpm, log=ready.tpm_log, lifetime=lifetime):
+        yield
 
 
 async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report: Report) -> None:
@@ -188,7 +204,10 @@ def _make_folder(to: Path) -> None:
 
 def _unmade(pair: Pair, to: Path) -> None:
     for path in to.iterdir():
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     dependents.forget(pair.roots.local, pair.vm, pair.id, to)
 
 

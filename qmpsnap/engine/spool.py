@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, usage
+from qmpsnap.engine import configuration, tpm, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.identity import identity_of
@@ -124,10 +124,11 @@ async def build(
     trial: bool,
     report: Report,
     shared: Sequence[Shared] = (),
+    held: tpm.Held | None = None,
 ) -> Manifest:
     """Fill *folder* with the store half and seal it there. *raw* is packed, then deleted.
 
-    What is *shared* with other snapshots is on the local root by now.
+    What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM.
 
     Raises LocalFailed; what was written stays for the caller to remove.
     """
@@ -139,6 +140,8 @@ async def build(
         if disk.role == "pflash":
             names.append(name := f"nvram/{disk.label}.raw")
             await _nvram(disk, folder / name)
+    if held is not None:
+        names += await asyncio.to_thread(tpm.write, folder, held)
     ram = Ram(
         mode=captured.mode.value,
         asked=plan.asked.value,

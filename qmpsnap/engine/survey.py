@@ -23,6 +23,7 @@ from qmpsnap.hypervisor.machine import attach, inventory, reconcile
 from qmpsnap.hypervisor.machine.drives import slots
 from qmpsnap.hypervisor.machine.options import Blockdev, Device
 from qmpsnap.hypervisor.machine.plugged_disks import Image
+from qmpsnap.hypervisor.machine.relocate import refusals
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate import migration
 
@@ -64,7 +65,8 @@ class Site:
 class Survey:
     """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
     when the agent answered. *reconciled* is None where the command line says all of the machine, or
-    is not known. *details*: asked for by whoever records them."""
+    is not known. *details*: asked for by whoever records them. *tied*: what keeps a captured state
+    from being loaded into another machine."""
 
     machine: Machine
     state: runstate.RunState
@@ -81,6 +83,7 @@ class Survey:
     agent_trouble: str
     reconciled: reconcile.Reconciled | None = None
     details: Details | None = None
+    tied: tuple[str, ...] = ()
 
 
 async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
@@ -114,8 +117,13 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         ram_bytes=_ram_bytes(seen),
         agent=agent,
         agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
+        tied=_tied(attached),
         reconciled=await _reconciled(monitor, seen, attached, block, sites),
     )
+
+
+def _tied(attached: attach.Attached | None) -> tuple[str, ...]:
+    return tuple(refusals(attached.line, attached.cwd)) if attached is not None else ()
 
 
 async def _reconciled(

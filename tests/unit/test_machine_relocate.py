@@ -5,7 +5,7 @@ import pytest
 
 from qmpsnap.errors import Blocked, UsageError
 from qmpsnap.hypervisor.machine.cmdline import parse
-from qmpsnap.hypervisor.machine.relocate import RULES, Relocated, relocate
+from qmpsnap.hypervisor.machine.relocate import RULES, Relocated, refusals, relocate
 from tests.unit.machine_lines import CAPTURED
 
 CWD, INTO = Path("/was/here"), Path("/new")
@@ -144,9 +144,6 @@ BLOCKED = {
     "-blockdev file,filename=/dev/fdset/1,node-name=n,read-only=on": "node n",
     "-blockdev file,filename=x,node-name=n -device virtio-blk,drive=n,id=v": "device v",
     "-blockdev file,filename=x,node-name=n -machine pflash0=n": "-machine",
-    "-netdev tap,id=n,fd=3": "netdev n: fd=3",
-    "-netdev tap,id=n,vhostfds=3:4": "netdev n: vhostfds",
-    "-nic tap,fds=3:4": "nic tap: fds",
     '-netdev {"type":"stream","id":"n","addr":{"type":"fd","str":"3"}}': "netdev n",
     "-netdev vhost-user,id=n,chardev=c": "netdev n",
     "-chardev socket,id=c,fd=3": "chardev c",
@@ -179,7 +176,30 @@ def test_relocate_rule(text):
 @pytest.mark.parametrize("text", BLOCKED)
 def test_relocate_blocks_and_names(text):
     with pytest.raises(Blocked, match=BLOCKED[text]):
-        moved(text)
+        moved(text, incoming=True)
+
+
+def test_relocate_gives_a_tap_of_its_own_for_one_that_was_handed_over():
+    fresh = "script=no,downscript=no"
+    assert words("-netdev tap,id=n,fd=3,vhostfd=4") == ["-netdev", f"tap,id=n,{fresh}"]
+    assert words("-nic tap,fds=3:4") == ["-nic", f"tap,queues=2,{fresh}"]
+
+
+def test_relocate_boots_without_what_is_of_the_host():
+    text = (
+        "-chardev socket,id=c,path=v.sock -device vhost-user-fs-pci,chardev=c,tag=x,id=fs "
+        "-chardev socket,id=n,path=n.sock -netdev vhost-user,id=n0,chardev=n "
+        "-device virtio-net-pci,netdev=n0 -device vfio-pci,host=1,id=v -m 64"
+    )
+    found = moved(text)
+    assert words(text) == (
+        ["-netdev", "hubport,hubid=1003,id=n0", "-device", "virtio-net-pci,netdev=n0", "-m", "64"]
+    )
+    assert [note.split(":")[0] for note in found.notices] == ["device fs", "netdev n0", "device v"]
+    told = refusals(parse(["qemu", *text.split()]), CWD)
+    assert [why.split(":")[0] for why in told] == [
+        "chardev c", "device fs", "chardev n", "netdev n0", "device v",
+    ]  # fmt: skip
 
 
 def test_relocate_machine_is_merged_and_resolved():

@@ -109,6 +109,24 @@ def refusal(line: CommandLine, option: Option) -> str:
     return ""
 
 
+def refusals(line: CommandLine, cwd: Path) -> list[str]:
+    """Why a captured state of *line* could not be loaded anywhere, whatever its disks are."""
+    line = direct.spelled_out(line)
+    scene = Scene(line, cwd, Path("/"), {}, None, set(), incoming=True)
+    found = []
+    for index, option in enumerate(line.options):
+        if option.name in (*DRIVES, "blockdev"):
+            continue  # the survey of the disks tells
+        if option.name not in RULES:
+            found.append(f"-{option.name}: it is not known what a restore may do with it")
+            continue
+        try:
+            RULES[option.name](scene, index, option)
+        except Blocked as refused:
+            found.append(str(refused))
+    return found
+
+
 def control(qmp: Path) -> tuple[Option, Option]:
     """The options that give a machine our QMP monitor, listening on *qmp*."""
     where = (("backend", "socket"), ("id", QMP_ID), ("path", str(qmp)))

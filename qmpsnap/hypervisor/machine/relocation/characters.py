@@ -34,6 +34,8 @@ def chardev(scene: Scene, _index: int, option: Option) -> list[Option]:
     view = Chardev.of(option)
     if view.id is None or (view.id or "").startswith(OURS):
         return []
+    if not scene.incoming and _vhost_user(scene.line, view.id):
+        return []  # what it is for is left out, too
     gone = [
         mon for mon in scene.line.all("mon", "object", "qmp", "qmp-pretty") if _ends(scene, mon)
     ]
@@ -132,7 +134,7 @@ def default_serial(line: CommandLine) -> bool:
 
 def _socket(scene: Scene, fields: Fields, name: str, path: str) -> Fields:
     users = _users(scene.line, name)
-    if any("vhost-user" in (user.value or "") for user in users):
+    if _vhost_user(scene.line, name):
         raise Blocked(f"chardev {name}: a vhost-user back end keeps state outside of QEMU")
     if fields.on("server"):
         agent = scene.agent if name == agent_chardev(scene.line) else None
@@ -140,10 +142,15 @@ def _socket(scene: Scene, fields: Fields, name: str, path: str) -> Fields:
         return plain.set("path", scene.move_socket(path, to=agent))
     if any(user.name == "tpmdev" for user in users):
         moved = scene.move_socket(path)
-        scene.note(f"chardev {name}: a swtpm of its own must listen at {moved}")
+        scene.note(f"chardev {name}: the TPM is a swtpm of its own, which listens at {moved}")
         return fields.set("path", moved)
     scene.note(f"chardev {name}: was connected to {path}, now null")
     return _instead(fields, "null")
+
+
+def _vhost_user(line: CommandLine, name: str) -> bool:
+    """Whether another process is a device of the machine over the chardev *name*."""
+    return any("vhost-user" in (user.value or "") for user in _users(line, name))
 
 
 def _instead(fields: Fields, backend: str, path: str | None = None) -> Fields:

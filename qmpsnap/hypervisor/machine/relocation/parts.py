@@ -22,10 +22,16 @@ _FIRST_CID = 1 << 30  # beside those that anybody numbers by hand
 
 
 def device(scene: Scene, _index: int, option: Option) -> list[Option]:
-    """-device: kept, unless it is a door to something outside of the machine."""
+    """-device: kept, unless it is a door to something outside of the machine.
+
+    Such a one is left out of a boot from the disks; raises Blocked where its state would be loaded.
+    """
     view = Device.of(option)
     name = f"device {view.id or view.driver}"
     driver = view.driver or ""
+    if driver.startswith(_OUTSIDE) and not scene.incoming:
+        scene.note(f"{name}: {driver} is of the original's host: left out")
+        return []
     refuse_descriptors(view.fields, name)
     if driver.startswith(_OUTSIDE):
         raise Blocked(f"{name}: {driver} is of this host, its state is not in the snapshot")

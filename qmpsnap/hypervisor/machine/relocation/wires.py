@@ -14,6 +14,8 @@ from qmpsnap.hypervisor.machine.relocation.scene import Scene
 _TO_THE_HOST = ("hostfwd", "guestfwd", "tftp", "tftp-server-name", "bootfile", "smb", "smbserver")
 _KEPT = frozenset({"none", "nic", "hubport"})
 _PEERS = frozenset({"socket", "stream", "dgram", "l2tpv3", "vde"})
+_OTHER_PROCESSES = frozenset({"vhost-user", "vhost-vdpa"})
+_HANDED = ("fd", "fds", "vhostfd", "vhostfds")
 _OF_A_NIC = ("id", "mac", "macaddr", "model", "name", "addr", "vectors")
 _FIRST_HUB = 1000  # beside those that anybody numbers by hand
 _SPICE_NET = ("port", "tls-port", "x509-dir", "x509-key-file", "x509-key-password",
@@ -24,12 +26,18 @@ _SPICE_NET = ("port", "tls-port", "x509-dir", "x509-key-file", "x509-key-passwor
 def network(scene: Scene, index: int, option: Option) -> list[Option]:
     """-netdev, -nic, -net: the guest keeps its card, the cable is pulled or made private.
 
-    Raises Blocked for a back end with state outside of QEMU, or one that was handed to it open.
+    Raises Blocked for a back end with state outside of QEMU, where that would be loaded, or one
+    that was handed to it open.
     """
     fields = Netdev.of(option).fields if option.name == "netdev" else fields_of(option)
     name = f"{option.name} {fields.get('id') or fields.get('type')}"
-    refuse_descriptors(fields, name)
     kind = fields.get("type")
+    if kind == "tap":
+        # it gets a fresh one anyway, with as many queues
+        queues = str(len((fields.get("fds") or "").split(":")))
+        fields = fields.set("queues", queues) if fields.has("fds") else fields
+        fields = fields.without(*_HANDED)
+    refuse_descriptors(fields, name)
     if kind in _KEPT:
         return [option]
     if scene.isolated and kind in ("user", "tap", "bridge"):
@@ -45,7 +53,7 @@ def network(scene: Scene, index: int, option: Option) -> list[Option]:
     if kind == "bridge":
         scene.note(f"{name}: joins the bridge with the MAC address of the original")
         return [option]
-    if kind not in _PEERS:
+    if kind not in _PEERS and (scene.incoming or kind not in _OTHER_PROCESSES):
         raise Blocked(f"{name}: a network of type {kind} cannot be given to a second machine")
     scene.note(f"{name}: was of type {kind}, now not connected")
     if option.name == "net":
