@@ -8,7 +8,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from qmpsnap.engine import bootfiles, copies, layers, recover, sample, spool, survey, tpm, usage
+from qmpsnap.engine import (
+    allowance,
+    bootfiles,
+    copies,
+    layers,
+    recover,
+    sample,
+    spool,
+    survey,
+    tpm,
+    usage,
+)
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
@@ -74,6 +85,7 @@ async def _plan(
     roots: Roots, facts: survey.Survey, wishes: Wishes, id: SnapshotId, points: Points
 ) -> Plan:
     chosen = await asyncio.to_thread(chosen_levels, facts, wishes, points)
+    await asyncio.to_thread(allowance.refuse, facts)
     return plan(facts, wishes, id, roots.local.layers(facts.machine.name), chosen)
 
 

@@ -140,7 +140,7 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
             *(_possible(facts, choice, layers) for choice in RamChoice),
             _quiesce(facts, layers),
         ],
-        blockers=_blockers(facts),
+        blockers=await asyncio.to_thread(blockers, facts),
         limits=await asyncio.to_thread(allowance.look, facts),
         restorable=facts.attached is not None,
         restorable_why=facts.problem,
@@ -244,8 +244,13 @@ def _quiesce(facts: survey.Survey, layers: Path) -> Possibility:
     return Possibility(what="--quiesce agent", possible=True, why="the agent answers")
 
 
-def _blockers(facts: survey.Survey) -> list[Blocker]:
+def blockers(facts: survey.Survey) -> list[Blocker]:
+    """Everything that rules out a snapshot, its RAM, a restore of it, or one of its disks."""
     found = [Blocker(of="snapshot", why=f"QEMU is busy with {one}") for one in facts.jobs]
+    try:
+        allowance.refuse(facts)
+    except Blocked as refused:
+        found.append(Blocker(of="snapshot", why=str(refused)))
     found += [Blocker(of="ram", why=one) for one in facts.blocked_reasons]
     if facts.reconciled is not None:
         found += [Blocker(of="ram", why=one) for one in facts.reconciled.troubles]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from qmpsnap.engine import copies, create, layers, spool, survey
+from qmpsnap.engine import allowance, copies, create, layers, spool, survey
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.debt import Debt, given_up, given_up_later, journaled
@@ -79,6 +79,7 @@ async def refresh(
             )
             chosen = await asyncio.to_thread(create.chosen_levels, facts, wishes, points, under=of)
             id = await asyncio.to_thread(create.next_id, roots, machine)
+            await asyncio.to_thread(allowance.refuse, facts)
             made = plan(facts, wishes, id, roots.local.layers(machine.name), chosen)
             bound = identity_of(facts)
             await asyncio.to_thread(identity.bind, roots.local, machine.name, bound, rebind=False)

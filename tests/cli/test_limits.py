@@ -55,6 +55,20 @@ async def test_a_restored_machine_is_limited(program: Program, qemu72: Path) -> 
         assert {str(folder) for folder in limited} <= set(own)
         assert all(one["enough"] for one in own.values())
         assert known["why"] == ""
+        if wanted.pids_max_count is not None:
+            # where no thread can be started, QEMU would end, and the guest with it
+            (folder,) = (one for one in group.folders if (one / "pids.max").exists())
+            (folder / "pids.max").write_text((folder / "pids.current").read_text())
+            for more in (["--dry-run"], ["--ram", "none"]):
+                ran = await program.run("create", "web", "--socket", vm.qmp, *program.roots, *more)
+                assert (ran.code, ran.out) == (3, "")
+                assert f"{folder}/pids.max: 0 of " in ran.err
+            ran = await program.run("refresh", "web", "--socket", vm.qmp, *program.roots)
+            assert ran.code == 3
+            asked = await program.ok("info", "web", "--socket", vm.qmp, *program.roots, "--json")
+            (blocker,) = asked.record["blockers"]
+            assert blocker["of"] == "snapshot"
+            assert not all(one["enough"] for one in asked.record["limits"]["groups"])
     words = ["restore", "web", "--to", "back", *program.roots]
 
     same = (await program.ok(*words, "--check", "--limits", "same", "--json")).record

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+from qmpsnap import Engine
 from qmpsnap.cli import chart, picture, units
 from qmpsnap.engine import usage
-from qmpsnap.engine.history import Record
+from qmpsnap.engine.history import Record, earlier
 from qmpsnap.engine.row import Row, row
 from tests.cli.conftest import Program, powered, shipped
 from tests.unit import test_raster
@@ -32,6 +33,12 @@ async def test_a_history_of_two(program: Program, qemu72: Path) -> None:
     assert second.usage is not None
     assert second.usage.since_last is not None
     assert second.usage.since_last.since == ids[0]
+
+    # what a suggestion is made from, besides the snapshot itself
+    roots = Engine(program.local, program.store, allow_local_store=True).roots
+    assert [one.id for one in await earlier(roots, "web", ids[1])] == [ids[0]]
+    assert await earlier(roots, "web", ids[0]) == []
+    assert len(await earlier(roots, "web", "9", most=1)) == 1
 
     text = (await program.ok("usage", "web", *program.roots)).out
     head, *rows = text.splitlines()

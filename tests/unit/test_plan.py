@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from qmpsnap.engine.info import blockers
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import MAX_PAUSE, Plan, plan
 from qmpsnap.engine.survey import Site, Survey
@@ -234,3 +235,20 @@ def test_the_plan_is_shown_as_json_that_says_what_is_sent() -> None:
     assert second["file"]["filename"] == f"{LAYERS}/vdb-{ID}.qcow2"
     assert second["backing"] is None
     assert shown["max_pause_ms"] == 200
+
+
+def test_everything_in_the_way_is_named() -> None:
+    assert blockers(_survey()) == []
+    facts = _survey(
+        _site("vda"),
+        _site("vdb", trouble="on NBD"),
+        jobs=("stream job0",),
+        blocked_reasons=("vfio says no",),
+        problem="no command line",
+    )
+    assert {one.of: one.why for one in blockers(facts)} == {
+        "snapshot": "QEMU is busy with stream job0",
+        "ram": "vfio says no",
+        "restore": "no command line",
+        "disk vdb": "on NBD",
+    }
