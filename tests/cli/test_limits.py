@@ -31,6 +31,10 @@ def gone(groups: list[str]) -> bool:
     return not any(Path(folder).exists() for folder in groups)
 
 
+def open_files(pid: int) -> set[str]:
+    return {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 def held(wanted: GroupLimits, pid: int) -> dict[str, object]:
     """The limits of the group of *pid*, as far as they are *wanted*."""
     seen = limits(cgroup.folders_of(pid))
@@ -101,9 +105,13 @@ async def test_a_restored_machine_is_limited(program: Program, qemu72: Path) -> 
     words[3] = "again"
     ran = await program.ok(*words, "--limits", "suggest", "--detach", "--json")
     again = shaped("restore", ran.record)
-    chosen = {one["limit"]: one["chosen"] for one in again["limits"] if one["chosen"] is not None}
-    assert held(as_limits(chosen), again["pid"]) == chosen
-    os.kill(again["pid"], signal.SIGKILL)
+    try:
+        asked = {one["limit"]: one["chosen"] for one in again["limits"]}
+        chosen = {name: one for name, one in asked.items() if one is not None}
+        assert held(as_limits(chosen), again["pid"]) == chosen
+        assert set(again["groups"]) <= open_files(again["pid"])  # they stay for as long
+    finally:
+        os.kill(again["pid"], signal.SIGKILL)
     await until(lambda: gone(again["groups"]))
 
     # what cannot be, is refused before anything is made

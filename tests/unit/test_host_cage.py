@@ -41,6 +41,13 @@ def inside(group: cage.Cage, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*group.words, *words], pass_fds=group.hold, stdout=subprocess.PIPE)
 
 
+def waiting(folder: Path) -> bool:
+    """Whether somebody waits for the lock of *folder*."""
+    inode = f":{folder.stat().st_ino} "
+    rows = [row for row in Path("/proc/locks").read_text().splitlines() if inode in row]
+    return any("->" in row for row in rows)
+
+
 async def until(true: Callable[[], bool]) -> None:
     """Waits for what a process of nobody's does."""
     async with asyncio.timeout(20):
@@ -77,6 +84,8 @@ async def test_what_is_left_goes_when_it_ends(here: Site) -> None:
         group.leave()
     try:
         assert all(folder.exists() for folder in group.folders)
+        # whoever removes them waits for what is inside, and does not try again and again
+        await until(lambda: waiting(group.folders[0]))
     finally:
         process.kill()
         process.communicate()
