@@ -17,7 +17,7 @@ WISHES = GroupLimits(
     cpu_max_count=0.75,
     memory_max_bytes=700 * MIB,
     pids_max_count=300,
-    cpus=[0],
+    cpus=[0] if (os.cpu_count() or 1) > 1 else None,
 )
 
 
@@ -59,10 +59,3 @@ def _made(folder: Path) -> bool:
         return False
     probe.rmdir()
     return True
-
-
-def left() -> set[Path]:
-    """The groups of qmpsnap's own that lie below ours, or beside."""
-    folders = set(cgroup.folders_of(os.getpid()).values())
-    places = {one for folder in folders for one in (folder, *folder.parents)}
-    return {one for place in places for one in place.glob("qmpsnap-*") if one.is_dir()}
