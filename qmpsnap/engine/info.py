@@ -251,7 +251,7 @@ def blockers(facts: survey.Survey) -> list[Blocker]:
         allowance.refuse(facts)
     except Blocked as refused:
         found.append(Blocker(of="snapshot", why=str(refused)))
-    found += [Blocker(of="ram", why=one) for one in facts.blocked_reasons]
+    found += [Blocker(of="ram", why=one) for one in (*facts.blocked_reasons, *facts.tied)]
     if facts.reconciled is not None:
         found += [Blocker(of="ram", why=one) for one in facts.reconciled.troubles]
     if facts.problem:

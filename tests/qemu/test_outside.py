@@ -80,6 +80,10 @@ async def test_another_process_is_named(version: str, short: Path, store: Path) 
                 assert "device fs: vhost-user-fs-pci" in str(refused.value)
                 assert "--ram none" in refused.value.hint
             assert not list((short / "local/web").glob("2*"))
+            info = await engine.info(machine)
+            named = " ".join(one.why for one in info.blockers if one.of == "ram")
+            assert "device blk" in named
+            assert "device fs" in named
             made = await engine.create(machine, DISKS)
             assert await status(vm.witness) == "running"
     kept = (await engine.show("web", made.id)).storage.left_out

@@ -9,7 +9,7 @@ import pytest
 from blake3 import blake3
 
 from qmpsnap.errors import LocalFailed
-from qmpsnap.store import shared
+from qmpsnap.store import half, shared, wire
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Shared, decode, encode
 from qmpsnap.store.remote import Store
@@ -205,3 +205,29 @@ def _with(entry: FileEntry) -> bytes:
     tree = msgspec.json.decode(content)
     tree["files"] = [msgspec.to_builtins(entry)]
     return msgspec.json.encode(tree)
+
+
+def test_one_that_is_put_aside_while_it_is_shipped_is_there_in_the_end(store, local, kernel):
+    """By a sweep that dies then."""
+    copy = store.root.shared("web") / DIGEST
+    heard = []
+
+    def interrupted(_done: int, _total: int, what: str) -> None:
+        heard.append(what)
+        if what.startswith("copying machine.json") and copy.exists():
+            copy.rename(copy.with_name(f"{DIGEST}.going"))
+
+    spool = waiting(local, ID, kernel)
+    request = wire.Ship(
+        root=str(store.root.path),
+        vm="web",
+        id=ID,
+        spool=str(spool),
+        device=None,
+        shared=str(local.shared("web")),
+    )
+    half.ship(store.root, request, interrupted)
+    assert sum("shared" in what for what in heard if what.startswith("copying")) == 2
+    assert copy.read_bytes() == KERNEL
+    shared.sweep(store.root, "web")
+    assert names(store.root.shared("web")) == [DIGEST]
