@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,8 @@ from qmpsnap.errors import LocalFailed
 from qmpsnap.host import qemu_img
 from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block.graph import Node
+from qmpsnap.hypervisor.machine.reconcile import numbered
+from qmpsnap.hypervisor.vmstate import sections
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from qmpsnap.store import files, manifest, pack
 from qmpsnap.store.image import examine_image
@@ -132,6 +135,9 @@ async def build(
 
     Raises LocalFailed; what was written stays for the caller to remove.
     """
+    if facts.reconciled is not None and captured.mode is not RamMode.NONE:
+        networks = await asyncio.to_thread(sections.numbers, raw, "slirp")
+        facts = replace(facts, reconciled=numbered(facts.reconciled, networks))
     machine = configuration.of(facts)
     await asyncio.to_thread(_small, folder / MACHINE, configuration.encode(machine))
     await asyncio.to_thread(_small, folder / USAGE, usage.encode(used))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.block.graph import Disk
 from qmpsnap.hypervisor.machine.cmdline import Option
-from qmpsnap.hypervisor.machine.keyval import Fields, Json, Pair, from_json
+from qmpsnap.hypervisor.machine.keyval import Fields, Pair
 from qmpsnap.hypervisor.machine.options import option_of
 
 _BACKEND = "/virtio-backend"
@@ -41,18 +41,13 @@ class Image:
             pairs += [("cache.no-flush", _word(top.cache_no_flush))]
             pairs += [("detect-zeroes", top.detect_zeroes), ("readonly", _word(disk.read_only))]
             return option_of("drive", Fields(tuple(pairs)))
-        tree: dict[str, Json] = {
-            "driver": top.driver,
-            "node-name": self.origin,
-            "read-only": disk.read_only,
-            "detect-zeroes": top.detect_zeroes,
-            "cache": {"direct": top.cache_direct, "no-flush": top.cache_no_flush},
-            "file": {
-                "driver": "host_device" if self.path.startswith("/dev/") else "file",
-                "filename": self.path,
-            },
-        }
-        return option_of("blockdev", from_json(tree))
+        protocol = "host_device" if self.path.startswith("/dev/") else "file"
+        pairs = [("driver", top.driver), ("node-name", self.origin)]
+        pairs += [("read-only", _word(disk.read_only)), ("detect-zeroes", top.detect_zeroes)]
+        pairs += [("cache.direct", _word(top.cache_direct))]
+        pairs += [("cache.no-flush", _word(top.cache_no_flush))]
+        pairs += [("file.driver", protocol), ("file.filename", self.path)]
+        return option_of("blockdev", Fields(tuple(pairs)))
 
 
 def _word(on: bool) -> str:

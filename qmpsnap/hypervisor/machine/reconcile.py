@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qmpsnap.hypervisor.machine import defaults, processors
 from qmpsnap.hypervisor.machine.backends import BackEnds
@@ -82,6 +82,23 @@ async def reconcile(
         notes=tuple(ends.notes),
         origins=_renamed(line, new),
     )
+
+
+def numbered(found: Reconciled, numbers: Collection[int]) -> Reconciled:
+    """*found* with as many user networks as it takes for those of *numbers* to be among them.
+
+    QEMU counts them as they come, and a state is for a number: where one went before another one
+    came, a network that nobody uses holds its place.
+    """
+    spoken = [fields_of(option) for option in found.line.all("netdev", "nic", "net")]
+    if not spoken:
+        return found
+    there = sum(fields.get("type") == "user" for fields in spoken)
+    spare = [
+        Option("netdev", f"user,id=qmpsnap-spare{number},restrict=on")
+        for number in range(there, max(numbers, default=-1) + 1)
+    ]
+    return replace(found, line=found.line.append(*spare))
 
 
 async def _without_what_has_gone(
