@@ -174,7 +174,7 @@ async def test_a_machine_comes_back_on_every_qemu(name: str, short: Path, store:
             assert restored.machine.qmp
             assert set(await chains(restored.machine.qmp)) - {"pflash0"} == set(made.disks)
     async with back(engine, "web", Restoration(short / "cold", cold=True)) as (_, console):
-        booted_from = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)\n", within=120)
+        booted_from = await console.until(r"PREV disk0=(\w+) (\d+) disk1=(\w+) (\d+)\s", within=120)
         assert {booted_from[1], booted_from[3]} == {before.nonce}
         assert int(booted_from[2]) - int(booted_from[4]) in {0, 1}
         await console.until("READY", within=60)
