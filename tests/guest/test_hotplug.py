@@ -62,11 +62,11 @@ async def gone(guest: Guest, path: str) -> None:
             there = {one["name"] for one in listed}
 
 
-async def changed(guest: Guest, at: Path, machine: str) -> None:
+async def changed(guest: Guest, at: Path, machine: str, *, fewer: bool) -> None:
     console, witness = guest.console, guest.qemu.witness
     await gone(guest, "/machine/peripheral/gone")
     cpus = await ask(witness, "query-hotpluggable-cpus")
-    if machine == "q35":  # 7.2 hangs when a vCPU goes, under TCG
+    if fewer:
         (second,) = [one["qom-path"] for one in cpus if one["props"]["core-id"] == 1]
         await gone(guest, second)
     (free,) = [one for one in cpus if "qom-path" not in one]
@@ -103,20 +103,27 @@ async def changed(guest: Guest, at: Path, machine: str) -> None:
     await plug(guest, "usb-tablet", "tablet", bus="ehci.0")
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("version", "machine"), [("7.2", "pc"), ("11.1", "q35")])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("version", "machine"), [("7.2", "pc"), ("7.2", "q35"), ("11.1", "q35")])
 async def test_a_guest_goes_on_with_what_was_plugged_into_it(
     version: str, machine: str, short: Path, store: Path
 ) -> None:
     engine = Engine(short / "local", store, allow_local_store=True)
     extra = [*COMMON, *MACHINES[machine]]
     async with booted(binary(version), short, machine=machine, extra=extra) as guest:
-        await changed(guest, short, machine)
+        fewer = version != "7.2"  # that hangs when a vCPU goes, under TCG
+        await changed(guest, short, machine, fewer=fewer)
         saw = await guest.console.run(LOOK, within=20)
         assert "the late disk" in saw
-        assert ("0-3" if machine == "pc" else "0,2-3") in saw
+        assert ("0,2-3" if fewer else "0-3") in saw
         before = await guest.console.witness(within=30)
         await engine.create(Machine("vm", guest.qmp, guest.agent), PATIENT)
+    for other in ("7.2", "10.0") if version == "7.2" else ():
+        wish = Restoration(short / other, qemu=binary(other))
+        async with back(engine, "vm", wish) as (_, console):
+            found = await console.witness(within=60)
+            assert (found.ok, found.nonce) == (True, before.nonce), other
+            assert await console.run(LOOK, within=20) == saw, other
     wish = Restoration(short / "one", qemu=binary("11.1"))
     async with back(engine, "vm", wish) as (restored, console):
         found = await console.witness(within=60)

@@ -70,6 +70,17 @@ async def a_new_top(guest: Guest) -> None:
     await ask(guest.qemu.witness, "blockdev-snapshot-sync", overlay)
 
 
+CONTROLLERS = """
+[device "scsi"]
+  driver = "virtio-scsi-pci"
+  bus = "port1"
+  iothread = "io0"
+
+[device "xhci"]
+  driver = "qemu-xhci"
+"""
+
+
 def lun(path: Path, format: str, number: int) -> list[str]:
     node = f"n{number}"
     return [
@@ -79,16 +90,18 @@ def lun(path: Path, format: str, number: int) -> list[str]:
 
 
 def many_luns(dir: Path) -> list[str]:
+    file = dir / "controllers.cfg"
+    file.write_text(CONTROLLERS)
     return [
         *("-object", f"memory-backend-file,id=ram,size=192M,mem-path={dir}/ram,share=on"),
         *("-machine", "memory-backend=ram", "-object", "iothread,id=io0"),
         *("-device", "pcie-root-port,id=port1,chassis=1,slot=1"),
-        *("-device", "virtio-scsi-pci,id=scsi,bus=port1,iothread=io0"),
+        *("-readconfig", str(file)),
         *lun(disk(dir / "d0.qcow2"), "qcow2", 0),
         *lun(disk(dir / "d1.raw", "raw"), "raw", 1),
         *lun(disk(dir / "d5.qcow2", size="32M"), "qcow2", 5),
         *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:0a:0b:0c"),
-        *("-device", "qemu-xhci,id=xhci", "-device", "usb-tablet,bus=xhci.0"),
+        *("-device", "usb-tablet,bus=xhci.0"),
     ]
 
 
@@ -125,7 +138,7 @@ MAKES = {
         },
         happens=a_new_top,
     ),
-    "q35, LUNs, shared RAM in a file, virtio-net, xHCI": Make(
+    "q35, LUNs, shared RAM in a file, virtio-net, xHCI, -readconfig": Make(
         machine="q35",
         options=many_luns,
         also="scsi,net",

@@ -55,6 +55,13 @@ async def test_it_comes_back_as_it_was(
             assert await tpm.register(guest.console) != then
             assert await tpm.stored(guest.console) == b"the now!"
 
+    for version in ("7.2", "10.0"):
+        wish = Restoration(short / version, qemu=binary(version))
+        async with back(engine, "web", wish, id) as (_, console):
+            assert await tpm.register(console) == then
+            assert await tpm.stored(console) == b"the then"
+            assert (await console.witness(within=30)).ok
+
     # with the RAM, on another QEMU; the machine outlives us, and takes its swtpm along when killed
     to = short / "b"
     assert (await row(engine, id, to)).verdict == "ok"
