@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,13 +47,20 @@ def examine(names: Iterable[str], places: Sequence[Path]) -> list[FirmwareFile]:
 
 def find(name: str, places: Sequence[Path]) -> Path | None:
     """Where QEMU finds *name*: as it stands from its working directory, then in its folders."""
-    return next((path for place in places if (path := place / name).is_file()), None)
+    return next((path for place in places if _is_file(path := place / name)), None)
 
 
 def places(line: CommandLine | None, cwd: Path, folders: Sequence[Path]) -> list[Path]:
     """Where a QEMU of *line* looks, in order; *folders* are the binary's own (`-L help`)."""
     own = [cwd / (option.value or "") for option in line.all("L")] if line else []
-    return [Path(os.path.normpath(one)) for one in (cwd, *own, *folders)]
+    return [cwd, *own, *folders]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # QEMU may enter that folder, and we may not
+        return False
 
 
 def _size(path: Path) -> int | None:

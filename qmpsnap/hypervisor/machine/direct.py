@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
@@ -14,7 +13,7 @@ OPTIONS = ("kernel", "initrd", "dtb", "shim")
 def files(line: CommandLine, cwd: Path) -> dict[str, str]:
     """The absolute path behind each of OPTIONS that *line*, started in *cwd*, gives."""
     return {
-        option.name: os.path.normpath(cwd / option.value)
+        option.name: str(cwd / option.value)
         for option in spelled_out(line).all(*OPTIONS)
         if option.value
     }

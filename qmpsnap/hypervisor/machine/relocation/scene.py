@@ -58,7 +58,7 @@ class Scene:
 
     def spelled(self, path: str) -> str:
         """As `absolute`, for what need not be there."""
-        return os.path.normpath(self.cwd / path)
+        return str(self.cwd / path)  # `link/..` is not where the link is
 
     def image(self, name: str) -> str:
         """A block file name, absolute; one with a protocol (nbd:...) stays as it is."""
