@@ -38,6 +38,7 @@ Q35 = [
     *("-M", "q35", *COMMON, "-nodefaults"),
     *("-device", '{"driver":"pcie-root-port","id":"rp0","chassis":1}'),
     *("-device", '{"driver":"pcie-root-port","id":"rp1","chassis":2}'),
+    *("-device", '{"driver":"pcie-root-port","id":"rp2","chassis":3}'),
     *("-device", '{"driver":"virtio-scsi-pci","id":"scsi0"}', "-object", "iothread,id=io0"),
     *("-device", '{"driver":"nec-usb-xhci","id":"xhci"}'),
     *("-device", '{"driver":"usb-mouse","id":"mouse"}', "-device", '{"driver":"usb-kbd"}'),
@@ -66,6 +67,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         has = {key: value for key, value in has.items() if key not in ("port", "drive")}
         where = {"type": one.type, "bus": one.bus, "addr": one.addr}
         devices[one.id or f"{one.type} {one.bus} {one.addr}"] = where | has
+    usb = await said(monitor, "info usb")
     cpus = await monitor.execute("query-hotpluggable-cpus")
     memory = await monitor.execute("query-memory-devices")
     block = await monitor.execute("query-block")
@@ -76,7 +78,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         "pci": await monitor.execute("query-pci"),
         "drives": sorted(one["device"] for one in block),
         # the addresses are those that the firmware is about to give
-        "usb": re.sub(r"Device [\d.]+", "", await said(monitor, "info usb")),
+        "usb": sorted(re.sub(r"Device [\d.]+", "", usb).splitlines()),
     }
 
 
@@ -181,6 +183,10 @@ async def came_and_went_on_q35(vm: Running) -> None:
     await plug(vm, "scsi-hd", "lun1", bus="scsi0.0", drive="s9", lun=1)
     await plug(vm, "scsi-cd", "cd", bus="scsi0.0")
     await plug(vm, "usb-tablet", "tablet")
+    await plug(vm, "usb-hub", "zhub", port="4")
+    await plug(vm, "usb-kbd", "behind", bus="xhci.0", port="4.2")
+    await plug(vm, "qemu-xhci", "bus", bus="rp2")
+    await plug(vm, "usb-mouse", None, bus="bus.0")
     await ask(
         vm.witness, "object-add", {"qom-type": "memory-backend-ram", "id": "m1", "size": SIZE << 7}
     )
