@@ -167,6 +167,8 @@ async def came_and_went_on_pc(vm: Running) -> None:
     await ask(vm.witness, "object-add", {"qom-type": "memory-backend-memfd", "id": "m1", **size})
     await plug(vm, "pc-dimm", "dimm1", memdev="m1", slot=1)
     await a_processor(vm, "cpu3")
+    # nobody releases it: it is there until then
+    await ask(vm.witness, "device_del", {"id": "vd9"})
 
 
 async def came_and_went_on_q35(vm: Running) -> None:
