@@ -265,7 +265,11 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
     at = short / "vm"
     at.mkdir()
     engine = Engine(short / "local", store, allow_local_store=True)
-    machine = ["-M", "pc", "-m", "64", "-nodefaults", "-device", "virtio-serial-pci,id=vs"]
+    machine = [
+        *("-M", "pc", "-m", "64", "-nodefaults", "-device", "virtio-serial-pci,id=vs"),
+        *("-device", "usb-ehci,id=ehci", "-chardev", "null,id=far"),
+        *("-device", "usb-redir,id=redir,chardev=far"),
+    ]
     async with running(qemu72, *machine, directory=at) as vm:
         with witness(vm.witness) as eye:
             eye.until_running(within=10)
@@ -281,6 +285,17 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
         before = await chains(vm.witness)
         with pytest.raises(Blocked, match=r"device port: chardev many is a mux") as refused:
             await engine.create(web, PAUSED)
+        await unplug(vm, "port")
+        with pytest.raises(Blocked, match=r"device redir: .*usb-redir"):
+            await engine.create(web, PAUSED)
+        await unplug(vm, "redir")
+        await engine.create(web, PAUSED)
+        null = {"type": "null", "data": {}}
+        await ask(vm.witness, "chardev-add", {"id": "far", "backend": null})  # it took it along
+        await plug(vm, "usb-redir", "redir", chardev="far", bus="ehci.0")
+        await plug(vm, "virtserialport", "port", chardev="many", bus="vs.0")
+        with pytest.raises(Blocked, match=r"device port: .*; device redir: "):
+            await engine.create(web, PAUSED)
         assert "--ram none" in refused.value.hint
         assert await chains(vm.witness) == before
         await untouched(vm.witness)
@@ -292,4 +307,4 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
     ready = await engine.prepare_restore("vm", wish)
     assert any("left out: device port" in told for told in ready.notices)
     async with engine.restored(ready) as back, connect(back.machine.qmp) as monitor:  # type: ignore[arg-type]
-        assert (await seen(monitor))["devices"].keys() == {"vs", "vd9"}
+        assert (await seen(monitor))["devices"].keys() == {"vs", "ehci", "vd9"}
