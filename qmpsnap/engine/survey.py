@@ -103,6 +103,7 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     cwd = Path(process.cwd if process and process.cwd else "/")
     plugged = {one.id for one in seen.devices or [] if one.id and one.hotplugged}
     sites = [_site(disk, block, attached, plugged, cwd, layers) for disk in block.disks]
+    now = await _reconciled(monitor, seen, attached, block, sites)
     return Survey(
         machine=machine,
         state=await runstate.query(monitor),
@@ -117,13 +118,15 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         ram_bytes=_ram_bytes(seen),
         agent=agent,
         agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
-        tied=_tied(attached),
-        reconciled=await _reconciled(monitor, seen, attached, block, sites),
+        tied=_tied(attached, now),
+        reconciled=now,
     )
 
 
-def _tied(attached: attach.Attached | None) -> tuple[str, ...]:
-    return tuple(refusals(attached.line, attached.cwd)) if attached is not None else ()
+def _tied(attached: attach.Attached | None, now: reconcile.Reconciled | None) -> tuple[str, ...]:
+    if attached is None:
+        return ()
+    return tuple(refusals(now.line if now else attached.line, attached.cwd))
 
 
 async def _reconciled(

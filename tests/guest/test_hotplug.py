@@ -140,6 +140,7 @@ async def test_a_guest_goes_on_with_what_was_plugged_into_it(
         assert made.state == "paired"
     async with back(engine, "vm", Restoration(short / "cold", cold=True)) as (_, console):
         await console.until("READY", within=120)
+        await console.until("^W ", within=60)  # with more than one vCPU it starts a little later
         assert (await console.witness(within=30)).ok
         booted_anew = await console.run(LOOK, within=20)
         # the guest counts its CPUs anew

@@ -38,6 +38,7 @@ Q35 = [
     *("-M", "q35", *COMMON, "-nodefaults"),
     *("-device", '{"driver":"pcie-root-port","id":"rp0","chassis":1}'),
     *("-device", '{"driver":"pcie-root-port","id":"rp1","chassis":2}'),
+    *("-device", '{"driver":"pcie-root-port","id":"rp2","chassis":3}'),
     *("-device", '{"driver":"virtio-scsi-pci","id":"scsi0"}', "-object", "iothread,id=io0"),
     *("-device", '{"driver":"nec-usb-xhci","id":"xhci"}'),
     *("-device", '{"driver":"usb-mouse","id":"mouse"}', "-device", '{"driver":"usb-kbd"}'),
@@ -66,6 +67,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         has = {key: value for key, value in has.items() if key not in ("port", "drive")}
         where = {"type": one.type, "bus": one.bus, "addr": one.addr}
         devices[one.id or f"{one.type} {one.bus} {one.addr}"] = where | has
+    usb = await said(monitor, "info usb")
     cpus = await monitor.execute("query-hotpluggable-cpus")
     memory = await monitor.execute("query-memory-devices")
     block = await monitor.execute("query-block")
@@ -76,7 +78,7 @@ async def seen(monitor: Monitor) -> dict[str, Any]:
         "pci": await monitor.execute("query-pci"),
         "drives": sorted(one["device"] for one in block),
         # the addresses are those that the firmware is about to give
-        "usb": re.sub(r"Device [\d.]+", "", await said(monitor, "info usb")),
+        "usb": sorted(re.sub(r"Device [\d.]+", "", usb).splitlines()),
     }
 
 
@@ -165,6 +167,8 @@ async def came_and_went_on_pc(vm: Running) -> None:
     await ask(vm.witness, "object-add", {"qom-type": "memory-backend-memfd", "id": "m1", **size})
     await plug(vm, "pc-dimm", "dimm1", memdev="m1", slot=1)
     await a_processor(vm, "cpu3")
+    # nobody releases it: it is there until then
+    await ask(vm.witness, "device_del", {"id": "vd9"})
 
 
 async def came_and_went_on_q35(vm: Running) -> None:
@@ -181,6 +185,10 @@ async def came_and_went_on_q35(vm: Running) -> None:
     await plug(vm, "scsi-hd", "lun1", bus="scsi0.0", drive="s9", lun=1)
     await plug(vm, "scsi-cd", "cd", bus="scsi0.0")
     await plug(vm, "usb-tablet", "tablet")
+    await plug(vm, "usb-hub", "zhub", port="4")
+    await plug(vm, "usb-kbd", "behind", bus="xhci.0", port="4.2")
+    await plug(vm, "qemu-xhci", "bus", bus="rp2")
+    await plug(vm, "usb-mouse", None, bus="bus.0")
     await ask(
         vm.witness, "object-add", {"qom-type": "memory-backend-ram", "id": "m1", "size": SIZE << 7}
     )
@@ -257,7 +265,11 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
     at = short / "vm"
     at.mkdir()
     engine = Engine(short / "local", store, allow_local_store=True)
-    machine = ["-M", "pc", "-m", "64", "-nodefaults", "-device", "virtio-serial-pci,id=vs"]
+    machine = [
+        *("-M", "pc", "-m", "64", "-nodefaults", "-device", "virtio-serial-pci,id=vs"),
+        *("-device", "usb-ehci,id=ehci", "-chardev", "null,id=far"),
+        *("-device", "usb-redir,id=redir,chardev=far"),
+    ]
     async with running(qemu72, *machine, directory=at) as vm:
         with witness(vm.witness) as eye:
             eye.until_running(within=10)
@@ -273,6 +285,17 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
         before = await chains(vm.witness)
         with pytest.raises(Blocked, match=r"device port: chardev many is a mux") as refused:
             await engine.create(web, PAUSED)
+        await unplug(vm, "port")
+        with pytest.raises(Blocked, match=r"device redir: .*usb-redir"):
+            await engine.create(web, PAUSED)
+        await unplug(vm, "redir")
+        await engine.create(web, PAUSED)
+        null = {"type": "null", "data": {}}
+        await ask(vm.witness, "chardev-add", {"id": "far", "backend": null})  # it took it along
+        await plug(vm, "usb-redir", "redir", chardev="far", bus="ehci.0")
+        await plug(vm, "virtserialport", "port", chardev="many", bus="vs.0")
+        with pytest.raises(Blocked, match=r"device port: .*; device redir: "):
+            await engine.create(web, PAUSED)
         assert "--ram none" in refused.value.hint
         assert await chains(vm.witness) == before
         await untouched(vm.witness)
@@ -284,4 +307,4 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
     ready = await engine.prepare_restore("vm", wish)
     assert any("left out: device port" in told for told in ready.notices)
     async with engine.restored(ready) as back, connect(back.machine.qmp) as monitor:  # type: ignore[arg-type]
-        assert (await seen(monitor))["devices"].keys() == {"vs", "vd9"}
+        assert (await seen(monitor))["devices"].keys() == {"vs", "ehci", "vd9"}

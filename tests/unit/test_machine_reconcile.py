@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from qmpsnap.hypervisor.machine.changes import changes, name_of
-from qmpsnap.hypervisor.machine.cmdline import CommandLine, parse
+from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option, parse
 from qmpsnap.hypervisor.machine.defaults import kept
 from qmpsnap.hypervisor.machine.inventory import DeviceFacts
 from qmpsnap.hypervisor.machine.processors import Processors, Slot
+from qmpsnap.hypervisor.machine.reconcile import Reconciled, numbered
+from qmpsnap.hypervisor.machine.relocate import refusal
 from tests.unit.test_comparison import inventory
 
 ANON = "/machine/peripheral-anon/device"
@@ -77,3 +79,29 @@ def test_cpus_before_the_first_gap_are_those_of_smp() -> None:
     whole = Processors((*slots[:2], slots[3]), smp | {"cpus": 3})
     assert whole.gone == []
     assert whole.spelled(found) == found
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (Option("device", '{"driver":"vfio-pci","id":"gpu","host":"00:02.0"}'), "device gpu: vfio"),
+        (Option("netdev", "vhost-vdpa,id=n"), "netdev n: a network of type vhost-vdpa"),
+        (Option("object", "input-linux,id=in,evdev=/dev/input/event0"), "object in: input-linux"),
+        (Option("device", "e1000,id=nic"), ""),
+    ],
+)
+def test_what_is_of_this_host_is_refused_before_the_snapshot(option: Option, told: str) -> None:
+    said = refusal(line("-m 1"), option)
+    assert said.startswith(told)
+    assert bool(said) == bool(told)
+
+
+def test_a_spare_network_holds_the_place_of_one_that_went() -> None:
+    found = Reconciled(line("-netdev user,id=n1 -nic user"))
+    assert numbered(found, set()) == numbered(found, {0, 1}) == found
+    assert numbered(found, {0, 3}).line.argv()[5:] == [
+        "-netdev", "user,id=qmpsnap-spare2,restrict=on",
+        "-netdev", "user,id=qmpsnap-spare3,restrict=on",
+    ]  # fmt: skip
+    unspoken = Reconciled(line("-m 1"))
+    assert numbered(unspoken, {0}) == unspoken

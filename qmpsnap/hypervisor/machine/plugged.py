@@ -41,7 +41,12 @@ class Plugged:
 
     async def add(self, devices: Sequence[DeviceFacts]) -> None:
         """Add *devices*, each behind the one whose bus it is on. Raises MonitorLost."""
-        for device in _in_order(devices):
+        hubs = [one for one in devices if one.type == "usb-hub"]
+        depths = {hub.path: len(await self.ports.of(hub) or "") for hub in hubs}
+        # what is on a hub is on the bus of the controller: the hub is only in its port
+        hubs.sort(key=lambda hub: depths[hub.path])
+        rest = [one for one in devices if one not in hubs]
+        for device in _in_order([*hubs, *rest]):
             name = device.id or device.path
             try:
                 options = await self._options(device)

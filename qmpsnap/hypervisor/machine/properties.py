@@ -48,7 +48,7 @@ class Properties:
         found: dict[str, Json] = {}
         for one in known:
             name = str(one["name"])
-            value = _spelled(one, values.get(name))
+            value = _spelled(one, values.get(name), path)
             if value is not None and not _unsaid(one, value):
                 found[name] = value
         return dict(sorted(found.items()))
@@ -87,14 +87,14 @@ def _can_be_set(one: dict[str, Any], kind: str) -> bool:
     return not type_.startswith("child<") and type_ != "link<memory-region>"
 
 
-def _spelled(one: dict[str, Any], value: Any) -> Json:
-    """*value* as -device takes it, None for one that it cannot take."""
+def _spelled(one: dict[str, Any], value: Any, path: str) -> Json:
+    """*value* as -device takes it, None for one that it cannot take, such as the device itself."""
     name, type_ = str(one["name"]), str(one["type"])
     if isinstance(value, list | dict):
         return value if name in _LISTS and value else None
     if type_.startswith("link<"):
         text = str(value or "")
-        return text.rpartition("/")[2] if text.startswith(_FOLDERS) and _direct(text) else None
+        return text.rpartition("/")[2] if _direct(text) and text != path else None
     # a slot and a function in one number; the address of a DIMM is 64 bits wide
     if name == "addr" and type_ in ("int32", "str") and isinstance(value, int):
         return f"{value >> 3:x}.{value & 7}" if value >= 0 else None
