@@ -12,7 +12,7 @@ from qmpsnap.engine import reconciliation
 from qmpsnap.engine.details import Details
 from qmpsnap.engine.reconciliation import Reconciliation
 from qmpsnap.engine.survey import Survey
-from qmpsnap.errors import HalfMissing, ManifestError
+from qmpsnap.errors import Blocked, HalfMissing, ManifestError
 from qmpsnap.hypervisor.machine import records, secrecy
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.inventory import Inventory
@@ -80,6 +80,18 @@ def of(facts: Survey) -> Configuration:
         reconciled=reconciliation.of(facts.reconciled),
         details=facts.details,
     )
+
+
+def refuse_unwritable(facts: Survey) -> None:
+    """Raises Blocked for a machine some of whose words are no UTF-8, and so in no JSON."""
+    try:
+        encode(of(facts))
+    except UnicodeEncodeError as odd:
+        words = odd.object.encode(errors="surrogateescape")[:80]
+        raise Blocked(
+            f"{facts.machine.name}: what its QEMU says of it is not UTF-8: {words!r}",
+            hint="no restore could say it again; rename that file, or what it is",
+        ) from None
 
 
 def encode(configuration: Configuration) -> bytes:

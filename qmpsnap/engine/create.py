@@ -21,6 +21,7 @@ from qmpsnap.engine import (
     usage,
 )
 from qmpsnap.engine.capture import Captured, Report
+from qmpsnap.engine.configuration import refuse_unwritable
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
 from qmpsnap.engine.debt import given_up, given_up_later, journaled, really_gone
@@ -115,6 +116,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             points = await asyncio.to_thread(read_points, roots.local, machine.name)
             made = await _plan(roots, facts, wishes, id, points)
             facts = await survey.detailed(monitor, facts)
+            await asyncio.to_thread(refuse_unwritable, facts)
             await asyncio.to_thread(_warn_of_restart, roots, facts)
             await asyncio.to_thread(
                 identity.bind,

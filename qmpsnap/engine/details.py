@@ -139,7 +139,7 @@ class _Careful:
     async def part(self, name: str, answer: Awaitable[T]) -> T | None:
         try:
             return await answer
-        except (ReplyMalformed, UsageError, ValueError, msgspec.ValidationError):
+        except (ReplyMalformed, UsageError, ValueError, OSError):
             self.asking.missing.append(name)
             return None
 
@@ -165,7 +165,8 @@ async def _asked(
         cpu_slots=await part("query-hotpluggable-cpus", processor.slots(asking)),
         numa_nodes=await part("-numa", _nodes(line, seen, backends)) if line else None,
         memory=await part("/machine memory", memory.limits(asking)),
-        memory_backends=backends and await asyncio.to_thread(_with_pages, backends),
+        memory_backends=backends
+        and await part("huge pages", asyncio.to_thread(_with_pages, backends)),
         memory_modules=await part("query-memory-devices", memory.modules(asking)),
         device_tree=None
         if devices is None
@@ -178,10 +179,10 @@ async def _asked(
         if kinds is None
         else await part("throttle groups", objects.throttle_groups(asking, kinds)),
         iothreads=await part("query-iothreads", objects.iothreads(asking)),
-        pinning=await asyncio.to_thread(_pinned, subject),
+        pinning=await part("CPU affinity", asyncio.to_thread(_pinned, subject)),
         clock=await part("rtc-time", board.clock(asking, line)),
         board=await part("the command line", _board(line)) if line else None,
-        firmware=await _firmware(asking, subject, names, await folders),
+        firmware=await part("firmware", _firmware(asking, subject, names, await folders)),
         secrets=None if kinds is None else await part("secrets", objects.secrets(asking, kinds)),
         withheld=withheld,
         guest=None,

@@ -11,12 +11,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from blake3 import blake3
 
+from qmpsnap import Engine
 from qmpsnap.engine import configuration, survey
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.details import Details
 from qmpsnap.engine.machine import Machine
+from qmpsnap.engine.wishes import RamChoice, Wishes
+from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.monitor import connect
 from tests.faults.fake_agent import fake_agent
 from tests.rig.qemu import Running, running
@@ -353,6 +357,27 @@ async def test_what_is_not_there_is_missing_by_name(qemu: Path, short: Path) -> 
         assert deaf.guest is None
         assert {name for name in deaf.missing if name.startswith("guest-")} == set(AGENT)
         assert agent.heard.count("guest-get-fsinfo") == 0
+        replies = {"guest_get_osinfo": lambda: {"id": "\ud800"}}
+        replies["guest_get_host_name"] = lambda: {"host-name": "sound"}
+        with fake_agent(short / "mad", **replies) as agent:
+            _, mad = await taken(vm, agent.path)
+        assert mad.guest is not None
+        assert (mad.guest.os, mad.guest.host_name) == (None, "sound")  # half a character is no text
+        assert "guest-get-osinfo" in mad.missing
         _, gone = await taken(vm, short / "agent")
         assert gone.guest is None
         assert "the guest's agent" in gone.missing
+
+
+async def test_what_is_no_text_is_refused_before_the_guest_is_touched(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    line = ["-M", "pc", "-m", "64", "-nodefaults", "-name", "caf\udce9"]
+    async with running(qemu72, *line, directory=short) as vm:
+        with witness(vm.witness) as eye:
+            eye.until_running(within=10)
+            with pytest.raises(Blocked, match=r"is not UTF-8: b'caf\\xe9'"):
+                await engine.create(Machine("vm", vm.qmp), Wishes(ram=RamChoice.PAUSED))
+            assert eye.status == "running"
+    assert await engine.list("vm") == []

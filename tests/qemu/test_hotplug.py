@@ -281,6 +281,13 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
             vm.witness, "chardev-add", {"id": "rest", "backend": {"type": "null", "data": {}}}
         )
         await ask(vm.witness, "chardev-add", {"id": "many", "backend": mux})
+        part = raw(image(at / "part.raw", "raw"), "part") | {"offset": 4096, "size": 8192}
+        await ask(vm.witness, "blockdev-add", part | {"read-only": True})
+        await plug(vm, "virtio-scsi-pci", "scsi")
+        await plug(vm, "scsi-cd", "slice", drive="part", bus="scsi.0")
+        with pytest.raises(Blocked, match="disk slice: .* only a part of its file"):
+            await engine.create(web, PAUSED)
+        await unplug(vm, "slice")
         await plug(vm, "virtserialport", "port", chardev="many", bus="vs.0")
         before = await chains(vm.witness)
         with pytest.raises(Blocked, match=r"device port: chardev many is a mux") as refused:
@@ -307,4 +314,4 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
     ready = await engine.prepare_restore("vm", wish)
     assert any("left out: device port" in told for told in ready.notices)
     async with engine.restored(ready) as back, connect(back.machine.qmp) as monitor:  # type: ignore[arg-type]
-        assert (await seen(monitor))["devices"].keys() == {"vs", "ehci", "vd9"}
+        assert (await seen(monitor))["devices"].keys() == {"vs", "ehci", "vd9", "scsi"}

@@ -73,7 +73,14 @@ def test_keyval_edits_reach_below_a_key():
     assert not fields.has("fil")
 
 
-@pytest.mark.parametrize("text", ["{", "{}x", '{"a":'])
+@pytest.mark.parametrize("text", ["{", "{}x", '{"a":', "{'a':'hunter2}"])
 def test_keyval_broken_json_is_named(text):
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(UsageError, match="not JSON") as odd:
         parse(text, json_too=True)
+    assert "hunter2" not in str(odd.value)  # there may be a password in it
+
+
+def test_keyval_quotes_of_both_kinds():
+    text = """{'a': 'it\\'s "so"', "b": "it's \\"so\\"", 'c': 'x\\"y\\\\'}"""
+    fields = parse(text, json_too=True)
+    assert [fields.get(key) for key in "abc"] == ['it\'s "so"', 'it\'s "so"', 'x"y\\']

@@ -125,8 +125,9 @@ class _Asking:
                 raw = await session.execute(name, within=within)
                 short = len(msgspec.json.encode(raw)) <= _LONGEST
                 self.asked[name] = msgspec.convert(raw if short else None, kind)
-            except (AgentError, msgspec.ValidationError):
-                # one that it has not got, or that an administrator has switched off
+            except (AgentError, ValueError):
+                # one that it has not got, or that an administrator has switched off; and the
+                # guest says what it likes: half a character is none that can be written down
                 self.asked[name] = None
                 self._missing.append(name)
 

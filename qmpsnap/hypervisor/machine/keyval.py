@@ -29,6 +29,8 @@ Scalar: TypeAlias = str | int | float | bool | Bare | Empty | None
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 Pair: TypeAlias = tuple[str, Scalar]
 
+_STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'')
+_QUOTES = {"\\'": "'", '"': '\\"'}
 _TRUE = frozenset({"on", "yes", "true", "y"})
 
 
@@ -187,12 +189,21 @@ def _unescaped(text: str) -> str:
 
 def _object(text: str) -> dict[str, Json]:
     try:
-        tree = json.loads(text)
+        tree = json.loads(_STRING.sub(_double_quoted, text))
     except ValueError as odd:
-        raise UsageError(f"not JSON: {text}: {odd}") from odd
+        # without the text, in which there may be a password
+        raise UsageError(f"an option in braces is not JSON: {odd}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"not a JSON object: {text}")
+        raise UsageError("an option in braces is not a JSON object")
     return tree
+
+
+def _double_quoted(found: re.Match[str]) -> str:
+    """QEMU takes 'text' too (qobject/json-lexer.c)."""
+    if found[0].startswith('"'):
+        return found[0]
+    inner = re.sub(r"\\.|\"", lambda one: _QUOTES.get(one[0], one[0]), found[0][1:-1])
+    return f'"{inner}"'
 
 
 def _flat(prefix: str, tree: dict[str, Json]) -> Iterator[Pair]:

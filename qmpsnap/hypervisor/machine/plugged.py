@@ -100,6 +100,8 @@ class Plugged:
         if image is not None and image.disk.chain:
             for node in image.disk.filters:
                 self.ends.notes.append(f"disk {image.disk.name}: without its {node.driver} filter")
+            told = "discard, aio and cache sizes are as by default"
+            self.ends.notes.append(f"disk {image.disk.name}: plugged at run time, {told}")
             return from_json(tree | {"drive": image.origin}), image
         if tree.get("drive"):
             raise Blocked(f"its disk {tree['drive']} cannot be told")

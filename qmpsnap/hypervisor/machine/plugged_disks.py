@@ -30,9 +30,11 @@ class Image:
     def option(self) -> Option:
         """Its -blockdev, or its -drive if it is one that has a name of its own.
 
-        Raises Blocked for one that is only read, and in no file.
+        Raises Blocked for one that is only read, and in no file, or only a part of one.
         """
         disk, top = self.disk, self.disk.top
+        if disk.trouble:
+            raise Blocked(f"disk {disk.name}: {disk.trouble}")
         if disk.read_only and not self.path:
             raise Blocked(f"disk {disk.name}: its file cannot be told")
         if disk.device:

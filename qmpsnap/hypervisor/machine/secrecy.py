@@ -11,10 +11,14 @@ from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.keyval import Bare, Fields, Json, Scalar
 from qmpsnap.hypervisor.machine.options import DRIVES, IMPLIED, fields_of, option_of
 
-_SECRETS = frozenset({"password", "x509-key-password"})
+_SECRETS = frozenset({"password", "x509-key-password", "cookie", "rxcookie", "txcookie"})
 _YES_OR_NO = frozenset({"on", "off", "yes", "no", "true", "false", "y", "n"})
 _IMAGES = frozenset({*DRIVES, "blockdev", "iscsi"})
-_IN_URL = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^/@\s:%]*)[:%][^/\s]*@")  # iscsi has the %
+# iscsi has the %
+_IN_URL = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^/@\s:%]*)[:%][^/\s]*@", re.I)
+_SIGNED = re.compile(
+    r"(?P<before>[?&](?:[\w-]*(?:signature|token|credential)|sig|key)=)[^&\s]*", re.I
+)
 _IN_RBD = re.compile(r":key=[^:]*")
 _JSON = "json:"
 
@@ -42,7 +46,7 @@ def of_image(name: str) -> str:
             return _JSON  # what cannot be read cannot be looked through
         return _JSON + json.dumps(_of_tree(tree), separators=(",", ":"), ensure_ascii=False)
     name = _IN_RBD.sub("", name) if name.startswith("rbd:") else name
-    return _IN_URL.sub(r"\g<before>@", name)
+    return _SIGNED.sub(r"\g<before>", _IN_URL.sub(r"\g<before>@", name))
 
 
 def _without(option: Option) -> tuple[Option, list[str]]:
@@ -50,7 +54,13 @@ def _without(option: Option) -> tuple[Option, list[str]]:
     if option.value is None:
         return option, []
     if option.name not in IMPLIED:
-        value = of_image(option.value) if option.name in _IMAGES else option.value
+        value = option.value
+        if option.name in _IMAGES:
+            value = of_image(value)
+        elif option.name == "set":
+            value = _of_setting(value)
+        elif option.name == "incoming" and value.startswith("exec:"):
+            value = "exec:"  # any command with any words; a restore has its own
         return Option(option.name, value), [] if value == option.value else [value]
     try:
         fields = fields_of(option)
@@ -67,6 +77,14 @@ def _without(option: Option) -> tuple[Option, list[str]]:
     if not hidden:
         return option, []
     return option_of(option.name, kept), [f"{title} {key}".strip() for key in hidden]
+
+
+def _of_setting(text: str) -> str:
+    """-set group.id.key=value, without a value that is secret."""
+    path, equals, value = text.partition("=")
+    key = path.rpartition(".")[2]
+    hidden = key in _SECRETS or (path.startswith("object.") and key == "data")
+    return f"{path}{equals}" + ("" if hidden else of_image(value))
 
 
 def _is_secret(name: str, fields: Fields, key: str, value: Scalar) -> bool:
