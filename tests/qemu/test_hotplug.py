@@ -285,7 +285,7 @@ async def test_a_device_that_cannot_come_back_is_refused_by_its_name(
         await ask(vm.witness, "blockdev-add", part | {"read-only": True})
         await plug(vm, "virtio-scsi-pci", "scsi")
         await plug(vm, "scsi-cd", "slice", drive="part", bus="scsi.0")
-        with pytest.raises(Blocked, match="disk slice: .* only a part of its file"):
+        with pytest.raises(Blocked, match=r"disk slice: .* only a part of its file"):
             await engine.create(web, PAUSED)
         await unplug(vm, "slice")
         await plug(vm, "virtserialport", "port", chardev="many", bus="vs.0")
