@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Literal
 
 import msgspec
@@ -89,18 +90,27 @@ def deliver(
 ) -> None:
     """*entry* is on the store, copied from *folder* if it is not there; what is there is not read.
 
+    One that is cut short, or cannot be opened, stays until a whole copy takes its place: it may be
+    all that older snapshots have. Two hosts may deliver the same file at once.
+
     The snapshot that needs it has a folder on the store by now: that keeps `sweep` from it.
     Raises StoreError, and LocalFailed and DigestMismatch for the copy in *folder*.
     """
-    digest = entry.blake3
-    path = root.shared(vm) / digest
-    try:
+    path = root.shared(vm) / entry.blake3
+    with suppress(StoreError, DamagedData):
         expect_size(path, entry, side=StoreError)
-    except (StoreError, DamagedData):
-        make_folders(path.parent, root.path, side=StoreError)
-        with told(path, StoreError):
-            path.unlink(missing_ok=True)  # cut short: another content cannot have this name
-        copy_verified(folder / digest, path, entry, progress)
+        return
+    make_folders(path.parent, root.path, side=StoreError)
+    fresh = path.with_name(f"{path.name}.{token_hex(8)}")  # another host's is never ours
+    with told(path, StoreError):
+        try:
+            copy_verified(folder / entry.blake3, fresh, entry, progress)
+            fresh.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sweep(root: StoreRoot, vm: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import msgspec
 import pytest
 from blake3 import blake3
 
-from qmpsnap.errors import LocalFailed
-from qmpsnap.store import half, shared, wire
+from qmpsnap.errors import DigestMismatch, LocalFailed, StoreError
+from qmpsnap.store import files, half, shared, wire
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Shared, decode, encode
 from qmpsnap.store.remote import Store
@@ -88,6 +89,77 @@ async def test_a_damaged_one_is_named_by_all_who_need_it(store, local, kernel, t
     assert await store.verify("web", ID) == []
     copy.unlink()
     assert [one.file for one in await store.verify("web", ID)] == [name]
+
+
+def shipping(store: Store, local: LocalRoot, spool: Path, id: str = ID) -> wire.Ship:
+    """The worker's request, for what is to go wrong inside it."""
+    return wire.Ship(
+        root=str(store.root.path),
+        vm="web",
+        id=id,
+        spool=str(spool),
+        device=None,
+        shared=str(local.shared("web")),
+    )
+
+
+def quiet(_done: int, _total: int, _what: str) -> None:
+    """Progress that nobody is told of."""
+
+
+@pytest.mark.parametrize("trouble", ["damaged here", "no room there"])
+async def test_what_older_snapshots_need_stays_when_a_delivery_fails(
+    store, local, kernel, monkeypatch, trouble
+):
+    await send(store, local, ID, kernel)
+    copy = store.root.shared("web") / DIGEST
+    spool = waiting(local, LATER, kernel)
+    openly, write = files.opened, files.write_all
+
+    def failing(path, side):
+        if path == copy:
+            raise StoreError(f"{path}: input/output error (EIO)")
+        return openly(path, side)
+
+    def full(descriptor, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "opened", failing)
+        if trouble == "damaged here":
+            (local.shared("web") / DIGEST).write_bytes(KERNEL.upper())
+        else:
+            patch.setattr(files, "write_all", full)
+        with pytest.raises((StoreError, DigestMismatch)):
+            half.ship(store.root, shipping(store, local, spool, LATER), quiet)
+        assert names(store.root.shared("web")) == [DIGEST]
+        assert copy.read_bytes() == KERNEL
+        # as soon as there is a good copy, a new one takes the place of what cannot be opened
+        patch.setattr(files, "write_all", write)
+        (local.shared("web") / DIGEST).write_bytes(KERNEL)
+        heard: list[str] = []
+        request = shipping(store, local, spool, LATER)
+        half.ship(store.root, request, lambda _done, _total, what: heard.append(what))
+        assert f"copying shared/{DIGEST}" in heard
+    assert await store.verify("web", ID) == []
+    assert names(store.root.shared("web")) == [DIGEST]
+
+
+def test_two_hosts_deliver_the_same_one(store, local, kernel):
+    """The second starts while the first is writing, and is done before it."""
+    request = shipping(store, local, waiting(local, ID, kernel))
+    other = shipping(store, local, waiting(local, LATER, kernel), LATER)
+    heard = []
+
+    def meanwhile(_done: int, _total: int, what: str) -> None:
+        if what == f"copying shared/{DIGEST}" and not heard:
+            heard.append(what)
+            half.ship(store.root, other, quiet)
+
+    half.ship(store.root, request, meanwhile)
+    assert heard
+    assert names(store.root.shared("web")) == [DIGEST]
+    assert (store.root.shared("web") / DIGEST).read_bytes() == KERNEL
 
 
 async def test_what_cannot_be_judged_is_not_removed(store, local, kernel):
@@ -218,15 +290,7 @@ def test_one_that_is_put_aside_while_it_is_shipped_is_there_in_the_end(store, lo
             copy.rename(copy.with_name(f"{DIGEST}.going"))
 
     spool = waiting(local, ID, kernel)
-    request = wire.Ship(
-        root=str(store.root.path),
-        vm="web",
-        id=ID,
-        spool=str(spool),
-        device=None,
-        shared=str(local.shared("web")),
-    )
-    half.ship(store.root, request, interrupted)
+    half.ship(store.root, shipping(store, local, spool), interrupted)
     assert sum("shared" in what for what in heard if what.startswith("copying")) == 2
     assert copy.read_bytes() == KERNEL
     shared.sweep(store.root, "web")
