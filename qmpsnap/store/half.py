@@ -266,6 +266,8 @@ def _path(root: StoreRoot, request: wire.Half, entry: FileEntry) -> Path:
             raise HalfMissing(f"{here}: is missing, or not a folder of ours")
         here = here / part
     if not os.path.lexists(here):
+        if parts[0] == SHARED and os.path.lexists(shared.aside(here)):
+            return shared.aside(here)  # a sweep that died has left it there
         raise HalfMissing(f"{here}: is missing")
     return here
 

@@ -91,7 +91,8 @@ def deliver(
     """*entry* is on the store, copied from *folder* if it is not there; what is there is not read.
 
     One that is cut short, or cannot be opened, stays until a whole copy takes its place: it may be
-    all that older snapshots have. Two hosts may deliver the same file at once.
+    all that older snapshots have. One that `sweep` put aside is taken back. Two hosts may deliver
+    the same file at once.
 
     The snapshot that needs it has a folder on the store by now: that keeps `sweep` from it.
     Raises StoreError, and LocalFailed and DigestMismatch for the copy in *folder*.
@@ -99,6 +100,12 @@ def deliver(
     path = root.shared(vm) / entry.blake3
     with suppress(StoreError, DamagedData):
         expect_size(path, entry, side=StoreError)
+        return
+    with suppress(StoreError, DamagedData):
+        expect_size(aside(path), entry, side=StoreError)
+        with told(path, StoreError):
+            aside(path).replace(path)
+            sync_folder(path.parent)
         return
     make_folders(path.parent, root.path, side=StoreError)
     fresh = path.with_name(f"{path.name}.{token_hex(8)}")  # another host's is never ours
@@ -113,34 +120,62 @@ def deliver(
         sync_folder(path.parent)
 
 
+def aside(path: Path) -> Path:
+    """Where the shared file *path* lies while `sweep` decides, or when that was cut off."""
+    return path.with_name(path.name + _GOING)
+
+
 def sweep(root: StoreRoot, vm: str) -> None:
     """Remove what no snapshot on the store needs any more.
 
     Nothing goes while a snapshot's folder has no manifest that can be read: it may be one that is
     just being shipped. A file is first put aside; who ships meanwhile either finds that it is not
-    there, or is seen now by its folder. Raises StoreError.
+    there, or is seen now by its folder. Raises StoreError; what was put aside is back then, if the
+    store lets it.
     """
+    put: list[Path] = []
     with told(root.vm(vm), StoreError):
         there = _inside(root.shared(vm))
         if not there:
             return
-        needed = _needed(root, vm)
-        aside = [path for path in there if path.name.endswith(_GOING)]
-        for path in there:
-            if needed is not None and path not in aside and path.name not in needed:
-                gone = path.with_name(path.name + _GOING)
-                path.rename(gone)
-                aside.append(gone)
-        needed = _needed(root, vm)
-        for path in dict.fromkeys(aside):
-            back = path.with_name(path.name.removesuffix(_GOING))
-            if needed is not None and (back.name not in needed or back.exists()):
-                path.unlink()
-            elif not back.exists():
-                path.rename(back)
+        try:
+            _swept(root, vm, there, put)
+        except BaseException:
+            for path in put:
+                with suppress(OSError):
+                    _back(path)
+            raise
         with suppress(OSError):
             root.shared(vm).rmdir()  # only when it is empty
         sync_folder(root.vm(vm))
+
+
+def _swept(root: StoreRoot, vm: str, there: list[Path], put: list[Path]) -> None:
+    """*put* has what is aside, also when this is broken off."""
+    needed = _needed(root, vm)
+    put += [path for path in there if path.name.endswith(_GOING)]
+    for path in there:
+        if needed is not None and path not in put and path.name not in needed:
+            with suppress(FileNotFoundError):  # another sweep was faster
+                path.rename(aside(path))
+                put.append(aside(path))
+    needed = _needed(root, vm)
+    for path in dict.fromkeys(put):
+        name = _origin(path)
+        if needed is not None and (name.name not in needed or name.exists()):
+            path.unlink(missing_ok=True)  # who ships may have taken it back just now
+        else:
+            _back(path)
+
+
+def _origin(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_GOING))
+
+
+def _back(path: Path) -> None:
+    if not _origin(path).exists():
+        with suppress(FileNotFoundError):
+            path.rename(_origin(path))
 
 
 def schemas() -> dict[str, dict[str, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from qmpsnap.store.remote import Store
 from tests.rig.halves import ID, LATER, names, spooled
 
 KERNEL = b"a kernel" * 5000
+THIRD = "20261122T165059000Z"
 DIGEST = blake3(KERNEL).hexdigest()
 
 
@@ -101,6 +103,11 @@ def shipping(store: Store, local: LocalRoot, spool: Path, id: str = ID) -> wire.
         device=None,
         shared=str(local.shared("web")),
     )
+
+
+def forgotten(store: Store, id: str) -> None:
+    """The snapshot's folder goes, and nothing else."""
+    shutil.rmtree(store.root.snapshot("web", id))
 
 
 def quiet(_done: int, _total: int, _what: str) -> None:
@@ -194,6 +201,57 @@ async def test_a_sweep_that_was_cut_off_is_made_good(store, local, kernel):
     store.root.snapshot("web", ID).rmdir()
     await store.remove("web", ID)
     assert names(store.root.vm("web")) == []
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+async def test_a_sweep_that_breaks_off_takes_nothing_away(
+    store, local, kernel, monkeypatch, taken_back
+):
+    """It put the file aside, then another host shipped, then the store had a trouble."""
+    folder, look, looks = store.root.shared("web"), shared._needed, []
+    await send(store, local, ID, kernel)
+    spool = waiting(local, LATER, kernel)
+    forgotten(store, ID)
+
+    def interrupted(*asked):
+        looks.append(asked)
+        if len(looks) == 2:
+            half.ship(store.root, shipping(store, local, spool, LATER), quiet)
+            if not taken_back:
+                (folder / DIGEST).rename(folder / f"{DIGEST}.going")
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return look(*asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "_needed", interrupted)
+        with pytest.raises(StoreError, match="ESTALE"):
+            shared.sweep(store.root, "web")
+    assert len(looks) == 2
+    assert names(folder) == [DIGEST]
+    assert await store.verify("web", LATER) == []
+
+
+async def test_what_a_killed_sweep_has_put_aside_is_still_there(store, local, kernel, tmp_path):
+    await send(store, local, ID, kernel)
+    copy, name = store.root.shared("web") / DIGEST, f"shared/{DIGEST}"
+    inode = copy.stat().st_ino
+    copy.rename(copy.with_name(f"{DIGEST}.going"))
+    assert await store.verify("web", ID) == []
+    assert (await store.glance("web", ID, [], whole=[name])).troubles == {}
+    await store.fetch("web", ID, name, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == KERNEL
+    # the next snapshot that needs it takes it back as it is
+    await send(store, local, LATER, kernel)
+    assert names(copy.parent) == [DIGEST]
+    assert copy.stat().st_ino == inode
+    # one that is torn is no file to take back
+    copy.rename(copy.with_name(f"{DIGEST}.going"))
+    copy.with_name(f"{DIGEST}.going").write_bytes(KERNEL[:-1])
+    spool = waiting(local, THIRD, kernel)
+    half.ship(store.root, shipping(store, local, spool, THIRD), quiet)
+    assert await store.verify("web", ID) == []
+    shared.sweep(store.root, "web")
+    assert names(copy.parent) == [DIGEST]
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -291,7 +349,7 @@ def test_one_that_is_put_aside_while_it_is_shipped_is_there_in_the_end(store, lo
 
     spool = waiting(local, ID, kernel)
     half.ship(store.root, shipping(store, local, spool), interrupted)
-    assert sum("shared" in what for what in heard if what.startswith("copying")) == 2
+    assert sum("shared" in what for what in heard if what.startswith("copying")) == 1
     assert copy.read_bytes() == KERNEL
     shared.sweep(store.root, "web")
     assert names(store.root.shared("web")) == [DIGEST]
