@@ -113,14 +113,16 @@ async def met(machine: Machine) -> AsyncIterator[tuple[Monitor | None, str]]:
         yield met, ""
 
 
-async def removed(roots: Roots, vm: str, id: str) -> None:
+async def removed(roots: Roots, vm: str, id: str, *, sweeping: bool = True) -> None:
     """Both halves are gone afterwards; done twice, it does nothing.
+
+    Without *sweeping*, what they shared stays on the store until it is asked for.
 
     Raises StoreRefused or StoreError, with the local half whole, when the store is not there: on a
     store that is not mounted there is nothing to remove, and the store half would stay for good.
     """
     await judge(roots)
-    await roots.store.remove(vm, id)
+    await roots.store.remove(vm, id, sweep=sweeping)
     await asyncio.to_thread(_removed_local, roots, vm, id)
 
 

@@ -146,12 +146,18 @@ async def _removed(
             ]
             continue
         try:
-            await delete.removed(roots, vm, id)
+            await delete.removed(roots, vm, id, sweeping=False)
         except (StoreError, StoreRefused) as unreachable:
             # the local half is whole: a debt would only stand in the way of the next `create`
             await asyncio.to_thread(debt.close)
             return fates, debts, unreachable
         debts.append(debt)
+    if debts:
+        try:
+            # each look reads the manifests of all that are left: one is enough
+            await roots.store.sweep(vm)
+        except (StoreError, StoreRefused) as unreachable:
+            return fates, debts, unreachable
     return fates, debts, None
 
 

@@ -187,11 +187,11 @@ def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress) -> None:
         _unpack(manifest, entry, path, descriptor, progress)
 
 
-def remove(root: StoreRoot, request: wire.Remove) -> None:
+def remove(root: StoreRoot, request: wire.Remove, progress: Progress) -> None:
     """Delete a store half: unsealed first, so that what is left after a crash never looks whole.
 
-    What it shared with others goes when it was the last that needed it. Nothing to delete is as
-    good. Raises StoreError.
+    What it shared with others goes when it was the last that needed it, if a *sweep* is asked for.
+    Nothing to delete is as good. Raises StoreError.
     """
     folder = root.snapshot(request.vm, request.id)
     with told(folder, StoreError):
@@ -203,8 +203,17 @@ def remove(root: StoreRoot, request: wire.Remove) -> None:
                 sync_folder(folder)
             shutil.rmtree(folder)
             sync_folder(folder.parent)
-    if _is_folder(root.shared(request.vm)):
-        shared.sweep(root, request.vm)
+            progress(1, 0, f"removing {request.vm} {request.id}")
+    if request.sweep:
+        sweep(root, request.vm, progress)
+
+
+def sweep(root: StoreRoot, vm: str, progress: Progress) -> None:
+    """Delete what snapshots of *vm* shared, and none needs any more. Raises StoreError."""
+    with told(root.vm(vm), StoreError):
+        there = _is_folder(root.shared(vm))
+    if there:
+        shared.sweep(root, vm, progress)
 
 
 def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:

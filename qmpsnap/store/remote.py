@@ -154,9 +154,17 @@ class Store:
         )  # fmt: skip
         await self._ask(request, type(None), on_progress)
 
-    async def remove(self, vm: str, id: Id) -> None:
-        """Delete a store half, its manifest first; nothing to delete is as good."""
-        await self._ask(wire.Remove(root=self._root(vm, id), vm=vm, id=str(id)), type(None))
+    async def remove(self, vm: str, id: Id, *, sweep: bool = True) -> None:
+        """Delete a store half, its manifest first; nothing to delete is as good.
+
+        Who removes many leaves out the *sweep* for what they shared, and asks for it once.
+        """
+        request = wire.Remove(root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep)
+        await self._ask(request, type(None))
+
+    async def sweep(self, vm: str) -> None:
+        """Delete what snapshots of *vm* shared, and none needs any more."""
+        await self._ask(wire.Sweep(root=self._root(vm), vm=vm), type(None))
 
     def _root(self, vm: str | None, id: Id | None = None) -> str:
         if vm is not None:

@@ -125,8 +125,8 @@ def aside(path: Path) -> Path:
     return path.with_name(path.name + _GOING)
 
 
-def sweep(root: StoreRoot, vm: str) -> None:
-    """Remove what no snapshot on the store needs any more.
+def sweep(root: StoreRoot, vm: str, progress: Progress | None = None) -> None:
+    """Remove what no snapshot on the store needs any more; *progress* is told of each manifest.
 
     Nothing goes while a snapshot's folder has no manifest that can be read: it may be one that is
     just being shipped. A file is first put aside; who ships meanwhile either finds that it is not
@@ -134,12 +134,13 @@ def sweep(root: StoreRoot, vm: str) -> None:
     store lets it.
     """
     put: list[Path] = []
+    look = _Look(root, vm, progress)
     with told(root.vm(vm), StoreError):
         there = _inside(root.shared(vm))
         if not there:
             return
         try:
-            _swept(root, vm, there, put)
+            _swept(look, there, put)
         except BaseException:
             for path in put:
                 with suppress(OSError):
@@ -150,16 +151,41 @@ def sweep(root: StoreRoot, vm: str) -> None:
         sync_folder(root.vm(vm))
 
 
-def _swept(root: StoreRoot, vm: str, there: list[Path], put: list[Path]) -> None:
+class _Look:
+    """What the snapshots of a VM need; a manifest that was read is not read again."""
+
+    def __init__(self, root: StoreRoot, vm: str, progress: Progress | None) -> None:
+        self._root, self._vm, self._progress = root, vm, progress
+        self._known: dict[str, set[str]] = {}
+
+    def needed(self) -> set[str] | None:
+        """The digests that they name now; None when one cannot be read. Raises OSError."""
+        folders = [path for path in _inside(self._root.vm(self._vm)) if is_snapshot_id(path.name)]
+        found: set[str] = set()
+        for number, folder in enumerate(folders, 1):
+            if folder.name not in self._known:
+                path = folder / MANIFEST
+                try:
+                    manifest = decode(read_small(path, side=StoreError), Manifest, path)
+                except SnapError:
+                    return None
+                self._known[folder.name] = {one.blake3 for one in manifest.shared}
+                if self._progress is not None:
+                    self._progress(number, 0, f"looking at what {self._vm} shares")
+            found |= self._known[folder.name]
+        return found
+
+
+def _swept(look: _Look, there: list[Path], put: list[Path]) -> None:
     """*put* has what is aside, also when this is broken off."""
-    needed = _needed(root, vm)
+    needed = look.needed()
     put += [path for path in there if path.name.endswith(_GOING)]
     for path in there:
         if needed is not None and path not in put and path.name not in needed:
             with suppress(FileNotFoundError):  # another sweep was faster
                 path.rename(aside(path))
                 put.append(aside(path))
-    needed = _needed(root, vm)
+    needed = look.needed()
     for path in dict.fromkeys(put):
         name = _origin(path)
         if needed is not None and (name.name not in needed or name.exists()):
@@ -240,21 +266,6 @@ def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:
         for path in _inside(root.shared(vm)):
             if path.name not in needed:
                 path.unlink()
-
-
-def _needed(root: StoreRoot, vm: str) -> set[str] | None:
-    """The digests that the snapshots of *vm* name; None when one cannot be read."""
-    found: set[str] = set()
-    for folder in _inside(root.vm(vm)):
-        if not is_snapshot_id(folder.name):
-            continue
-        try:
-            path = folder / MANIFEST
-            manifest = decode(read_small(path, side=StoreError), Manifest, path)
-        except SnapError:
-            return None
-        found |= {one.blake3 for one in manifest.shared}
-    return found
 
 
 def _inside(folder: Path) -> list[Path]:

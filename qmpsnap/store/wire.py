@@ -84,10 +84,18 @@ class Fetch(Sealed, frozen=True, kw_only=True):
 
 
 class Remove(Half, frozen=True, kw_only=True):
-    pass
+    """*sweep*: what it shared with others is looked at too."""
+
+    sweep: bool = True
 
 
-AnyRequest = Examine | Catalogue | Ship | Verify | Glance | Read | Load | Fetch | Remove
+class Sweep(Request, frozen=True, kw_only=True):
+    """What snapshots of *vm* shared, and none needs any more, is to go."""
+
+    vm: str
+
+
+AnyRequest = Examine | Catalogue | Ship | Verify | Glance | Read | Load | Fetch | Remove | Sweep
 
 
 class Done(Struct, frozen=True, kw_only=True):

@@ -63,7 +63,9 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Fetch():
             return half.fetch(root, request, _progress)
         case wire.Remove():
-            return half.remove(root, request)
+            return half.remove(root, request, _progress)
+        case wire.Sweep(vm=vm):
+            return half.sweep(root, vm, _progress)
 
 
 def examine_root(root: StoreRoot) -> Filesystem:

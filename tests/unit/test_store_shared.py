@@ -208,22 +208,22 @@ async def test_a_sweep_that_breaks_off_takes_nothing_away(
     store, local, kernel, monkeypatch, taken_back
 ):
     """It put the file aside, then another host shipped, then the store had a trouble."""
-    folder, look, looks = store.root.shared("web"), shared._needed, []
+    folder, look, looks = store.root.shared("web"), shared._Look.needed, []
     await send(store, local, ID, kernel)
     spool = waiting(local, LATER, kernel)
     forgotten(store, ID)
 
-    def interrupted(*asked):
-        looks.append(asked)
+    def interrupted(looking):
+        looks.append(looking)
         if len(looks) == 2:
             half.ship(store.root, shipping(store, local, spool, LATER), quiet)
             if not taken_back:
                 (folder / DIGEST).rename(folder / f"{DIGEST}.going")
             raise OSError(errno.ESTALE, "Stale file handle")
-        return look(*asked)
+        return look(looking)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "_needed", interrupted)
+        patch.setattr(shared._Look, "needed", interrupted)
         with pytest.raises(StoreError, match="ESTALE"):
             shared.sweep(store.root, "web")
     assert len(looks) == 2
@@ -254,16 +254,44 @@ async def test_what_a_killed_sweep_has_put_aside_is_still_there(store, local, ke
     assert names(copy.parent) == [DIGEST]
 
 
+async def test_a_removal_tells_how_far_it_is_and_reads_each_manifest_once(
+    store, local, kernel, monkeypatch
+):
+    """However many there are and however slow the store is, it is not taken for one that hangs."""
+    for id in (ID, LATER, THIRD):
+        await send(store, local, id, kernel)
+    read, events = shared.read_small, []
+
+    def slowly(path, *, side):
+        events.append(path.parent.name)
+        return read(path, side=side)
+
+    monkeypatch.setattr(shared, "read_small", slowly)
+    request = wire.Remove(root=str(store.root.path), vm="web", id=ID)
+    half.remove(store.root, request, lambda *_: events.append("told"))
+    assert events == ["told", LATER, "told", THIRD, "told"]
+
+
+async def test_who_removes_many_sweeps_once(store, local, kernel):
+    for id in (ID, LATER):
+        await send(store, local, id, kernel)
+        await store.remove("web", id, sweep=False)
+        assert names(store.root.shared("web")) == [DIGEST]
+    await store.sweep("web")
+    assert names(store.root.vm("web")) == []
+    await store.sweep("web")
+
+
 @pytest.mark.parametrize("at", [1, 2])
 async def test_one_that_is_shipped_meanwhile_keeps_it(store, local, kernel, monkeypatch, at):
     """Another host ships while ours sweeps, after the first look or after the second."""
     await send(store, local, ID, kernel)
     spool = waiting(local, LATER, kernel)
-    look, looks = shared._needed, []
+    look, looks = shared._Look.needed, []
 
-    def interrupted(root, vm):
-        looks.append(vm)
-        found = look(root, vm)
+    def interrupted(looking):
+        looks.append(looking)
+        found = look(looking)
         if len(looks) == at:
             # its folder, as `ship` makes it before it looks for what is shared
             store.root.snapshot("web", LATER).mkdir()
@@ -273,7 +301,7 @@ async def test_one_that_is_shipped_meanwhile_keeps_it(store, local, kernel, monk
     for path in sorted(store.root.snapshot("web", ID).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     store.root.snapshot("web", ID).rmdir()
-    monkeypatch.setattr(shared, "_needed", interrupted)
+    monkeypatch.setattr(shared._Look, "needed", interrupted)
     shared.sweep(store.root, "web")
     monkeypatch.undo()
     assert len(looks) == 2
