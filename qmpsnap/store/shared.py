@@ -259,8 +259,10 @@ def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
 
 def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:
     for facts in local.survey(root, vm):
+        if facts.problem is not None:
+            return  # nor is it known what its spool waits for
         if facts.spool and facts.spooled is None and facts.storage is not None:
-            return  # what it waits for cannot be read
+            return
         needed |= {one.blake3 for one in facts.spooled.shared} if facts.spooled else set()
     with told(root.shared(vm), LocalFailed):
         for path in _inside(root.shared(vm)):

@@ -349,6 +349,15 @@ async def test_a_spool_that_waits_keeps_its_own(store, local, kernel):
         await store.ship(spool, "web", ID)
 
 
+@pytest.mark.parametrize("spoilt", ["storage.json", "paired.json", "spool/manifest.json"])
+def test_nothing_that_a_damaged_one_may_wait_for_is_removed(local, kernel, spoilt):
+    waiting(local, ID, kernel)
+    (local.snapshot("web", ID) / spoilt).write_text("{")
+    kernel.write_bytes(b"another")
+    shared.keep(local, "web", [str(kernel)])
+    assert DIGEST in names(local.shared("web"))
+
+
 def test_its_folder_holds_nothing_else():
     entry = FileEntry(name="shared/x", bytes=1, blake3="ab" * 32)
     path = Path("manifest.json")
