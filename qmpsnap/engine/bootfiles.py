@@ -21,6 +21,7 @@ from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.host import process
 from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.machine import direct
+from qmpsnap.spelling import spelled
 from qmpsnap.store import files, shared
 from qmpsnap.store.manifest import Shared
 
@@ -91,15 +92,17 @@ async def taken(roots: Roots, facts: Survey) -> list[Shared]:
         found, troubles = {}, dict.fromkeys(wanted.values(), str(failed))
         started = 0.0
     for path, why in troubles.items():
-        log.warning("%s is not taken along: %s", path, why)
+        log.warning("%s is not taken along: %s", spelled(path), spelled(why))
     listed = []
     for option, path in wanted.items():
         if (note := found.get(path)) is None:
             continue
         as_started = max(note.mtime_ns, note.ctime_ns) / 1e9 <= started + _SLACK
         if not as_started:
-            log.warning("%s was changed after QEMU had read it: taken along as it is now", path)
-        one = {"option": option, "path": path, "bytes": note.bytes, "blake3": note.blake3}
+            log.warning(
+                "%s was changed after QEMU had read it: taken along as it is now", spelled(path)
+            )
+        one = {"option": option, "path": spelled(path), "bytes": note.bytes, "blake3": note.blake3}
         listed.append(msgspec.convert(one | {"as_started": as_started}, Shared))
     return listed
 

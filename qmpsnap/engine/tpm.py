@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap import spelling
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import tpmstate
@@ -90,8 +91,7 @@ def write(folder: Path, held: Held) -> list[str]:
     (folder / FOLDER).mkdir(0o700, parents=True, exist_ok=True)
     for name, data in content.items():
         files.publish(folder / FOLDER / name, data, side=LocalFailed)
-    text = msgspec.json.format(msgspec.json.encode(held.facts), indent=2) + b"\n"
-    files.publish(folder / NAME, text, side=LocalFailed)
+    files.publish(folder / NAME, spelling.encode(held.facts), side=LocalFailed)
     return [NAME, *(f"{FOLDER}/{name}" for name in content)]
 
 

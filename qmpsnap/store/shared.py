@@ -17,6 +17,7 @@ import msgspec
 
 from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StoreError
 from qmpsnap.ids import is_snapshot_id
+from qmpsnap.spelling import encode, spelled
 from qmpsnap.store import local
 from qmpsnap.store.files import (
     Progress,
@@ -64,11 +65,11 @@ def keep(root: LocalRoot, vm: str, paths: Iterable[str]) -> tuple[dict[str, Note
     found, troubles = {}, {}
     for path in paths:
         try:
-            found[path] = _kept(root, vm, path, known.get(path))
+            found[path] = _kept(root, vm, path, known.get(spelled(path)))
         except (LocalFailed, DamagedData) as failed:
             troubles[path] = str(failed)
     if found or known:
-        content = msgspec.json.format(msgspec.json.encode(Notes(files=found)), indent=2) + b"\n"
+        content = encode(Notes(files={spelled(path): one for path, one in found.items()}))
         make_folders(root.shared(vm), root.path, side=LocalFailed)
         replace(root.notes(vm), content, side=LocalFailed)
         _sweep_local(root, vm, {one.blake3 for one in found.values()})
@@ -253,7 +254,7 @@ def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
     try:
         content = read_small(root.notes(vm), side=LocalFailed)
         return msgspec.json.decode(content, type=Notes).files
-    except (LocalFailed, msgspec.DecodeError):
+    except (LocalFailed, msgspec.DecodeError, UnicodeDecodeError):
         return {}  # it only saves work
 
 

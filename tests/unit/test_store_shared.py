@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -356,6 +357,28 @@ def test_nothing_that_a_damaged_one_may_wait_for_is_removed(local, kernel, spoil
     kernel.write_bytes(b"another")
     shared.keep(local, "web", [str(kernel)])
     assert DIGEST in names(local.shared("web"))
+
+
+def test_notes_that_rotted_are_none(local, kernel):
+    local.path.mkdir()
+    (before, _) = shared.keep(local, "web", [str(kernel)])
+    notes = local.notes("web")
+    notes.write_bytes(notes.read_bytes().replace(b"vmlinuz", b"vmlinu\xff"))
+    (after, _) = shared.keep(local, "web", [str(kernel)])
+    assert after == before
+
+
+def test_a_path_that_is_no_text(local, tmp_path):
+    local.path.mkdir()
+    kernel = tmp_path / os.fsdecode(b"vmlinuz-\xff")
+    kernel.write_bytes(KERNEL)
+    (before, troubles) = shared.keep(local, "web", [str(kernel)])
+    assert (list(before), troubles) == ([str(kernel)], {})
+    assert names(local.shared("web")) == [DIGEST]
+    copy = (local.shared("web") / DIGEST).stat()
+    (after, _) = shared.keep(local, "web", [str(kernel)])
+    assert after == before
+    assert (local.shared("web") / DIGEST).stat() == copy
 
 
 def test_its_folder_holds_nothing_else():
