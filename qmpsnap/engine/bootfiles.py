@@ -115,6 +115,7 @@ def _differing(listed: list[Shared]) -> dict[str, str]:
             files.expect(path, one.entry, side=LocalFailed)
         except DamagedData:
             found[one.path] = "has another content by now"
-        except LocalFailed:
-            found[one.path] = "cannot be read" if path.exists() else "is missing"
+        except LocalFailed as failed:
+            gone = isinstance(failed.__cause__, FileNotFoundError | NotADirectoryError)
+            found[one.path] = "is missing" if gone else "cannot be read"
     return found
