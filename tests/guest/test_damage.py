@@ -270,9 +270,11 @@ async def test_each_file_of_what_was_really_taken(qemu72: Path, short: Path, sto
     engine = Engine(short / "local", store, allow_local_store=True)
     async with booted(qemu72, short) as guest:
         machine = Machine("web", guest.qmp, guest.agent)
-        full = await engine.create(machine, Wishes(level=Level.FULL))
+        full = await engine.create(machine, Wishes(level=Level.FULL, max_pause=30))
         await guest.console.run("dd if=/dev/urandom of=/data/0/x bs=64k count=8; sync", within=30)
-        made = await engine.create(machine, Wishes(level=Level.INC, ram=RamChoice.NONE))
+        made = await engine.create(
+            machine, Wishes(level=Level.INC, ram=RamChoice.NONE, max_pause=30)
+        )
         await guest.console.run("dd if=/dev/urandom of=/data/0/y bs=64k count=8; sync", within=30)
         refreshed = await engine.refresh(machine, made.id)
     assert (await engine.verify("web", made.id)).findings == []

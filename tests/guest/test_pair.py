@@ -154,7 +154,9 @@ async def test_a_cold_restore_boots_from_the_frozen_disks(
         machine = Machine("web", guest.qmp, guest.agent)
         await guest.console.run(BUSY, within=20)
         before = await guest.console.witness(within=30)
-        made = await engine.create(machine, Wishes(ram=RamChoice.NONE, quiesce=Quiesce.AGENT))
+        made = await engine.create(
+            machine, Wishes(ram=RamChoice.NONE, quiesce=Quiesce.AGENT, max_pause=30)
+        )
         after = await guest.console.witness(within=30)
         assert (made.ram, made.quiesce) == ("none", "agent")
         assert made.frozen_ms is not None

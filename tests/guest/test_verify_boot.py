@@ -93,7 +93,7 @@ async def test_what_goes_wrong_is_a_finding(qemu72: Path, short: Path, store: Pa
     async with booted(qemu72, short) as guest:
         await deafened(guest)
         silent = await taken(engine, guest)
-        bare = Wishes(level=Level.OVERLAY, ram=RamChoice.NONE, quiesce=Quiesce.NONE)
+        bare = Wishes(level=Level.OVERLAY, ram=RamChoice.NONE, quiesce=Quiesce.NONE, max_pause=30)
         disks = await taken(engine, guest, bare)
         await guest.console.run("kill -CONT $(pidof qemu-ga)", within=30)
         await guest.console.run(_ALONE, within=30)
@@ -148,7 +148,7 @@ async def test_a_guest_that_does_not_go_on(
 async def test_the_newest_revision_boots(qemu72: Path, short: Path, store: Path) -> None:
     engine = Engine(short / "local", store, allow_local_store=True)
     async with booted(qemu72, short) as guest:
-        id = await taken(engine, guest, Wishes(level=Level.FULL))
+        id = await taken(engine, guest, Wishes(level=Level.FULL, max_pause=30))
         refreshed = await engine.refresh(Machine("web", guest.qmp, guest.agent), id)
     for trial in (Trial(cold=True, within=200), Trial(revision=1, within=200)):
         found = await engine.verify("web", id, trial=trial)

@@ -20,7 +20,7 @@ from tests.rig.guest import built
 from tests.rig.halves import names
 from tests.rig.qemu import running
 
-DISKS = Wishes(level=Level.FULL, ram=RamChoice.NONE)
+DISKS = Wishes(level=Level.FULL, ram=RamChoice.NONE, max_pause=30)
 
 
 async def told(engine: Engine, id: str, to: Path) -> dict[str, Row]:

@@ -18,7 +18,7 @@ from qmpsnap.host import qemu_img
 from tests.rig.graph import status
 from tests.rig.qemu import binary, running
 
-DISKS = Wishes(level=Level.FULL, ram=RamChoice.NONE)
+DISKS = Wishes(level=Level.FULL, ram=RamChoice.NONE, max_pause=30)
 _VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 _SHARED = ["-object", "memory-backend-memfd,id=m,size=64M,share=on", "-M", "pc,memory-backend=m"]
 
