@@ -84,7 +84,7 @@ class Console:
     async def witness(self, *, within: float) -> Witness:
         """Ask whether RAM and disks are of one instant, and always were."""
         # it starts beside READY, and has its first round behind it a little later
-        await self._call("until [ -e /run/witness ]; do sleep 0.01; done", within)
+        await self._call("until [ -s /run/witness ]; do sleep 0.01; done", within)
         output, _ = await self._call("witness-check", within)
         verdict = _VERDICT.search(output)
         if verdict is None:
