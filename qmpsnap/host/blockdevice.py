@@ -15,7 +15,8 @@ def under(path: Path, block: Path = _BLOCK) -> str | None:
 
     It is the whole disk also where a partition is mounted: only that can be throttled.
     """
-    there = next((one for one in (path, *path.parents) if one.exists()), Path("/"))
+    # Path.exists raises where we may not look
+    there = next((one for one in (path, *path.parents) if os.path.exists(one)), Path("/"))  # noqa: PTH110
     number = there.stat().st_dev
     name = f"{os.major(number)}:{os.minor(number)}"
     if not (block / name).exists():
