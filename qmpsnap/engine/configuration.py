@@ -16,14 +16,10 @@ from qmpsnap.errors import Blocked, HalfMissing, ManifestError
 from qmpsnap.hypervisor.machine import records, secrecy
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.inventory import Inventory
+from qmpsnap.store.head import readable, version_of
 
 _FORMAT: Literal["qmpsnap-machine"] = "qmpsnap-machine"
 _VERSION = 2
-
-
-class _Head(msgspec.Struct, frozen=True):
-    format: str
-    version: int
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,19 +99,10 @@ def decode(text: str | bytes, path: str) -> Configuration:
 
     What `encode` writes is written whole, so that a key that is not there was taken away.
     """
-    try:
-        head = msgspec.json.decode(text, type=_Head)
-        if head.format != _FORMAT:
-            raise ManifestError(f"{path}: is of the format {head.format!r}, not {_FORMAT!r}")
-        if head.version > _VERSION:
-            raise ManifestError(
-                f"{path}: is {_FORMAT} version {head.version}; this qmpsnap knows up to {_VERSION}",
-                hint="use the qmpsnap that wrote it, or a newer one",
-            )
+    version = version_of(text, _FORMAT, _VERSION, path)
+    with readable(text, path):
         configuration = msgspec.json.decode(text, type=Configuration)
-    except msgspec.DecodeError as odd:
-        raise ManifestError(f"{path}: {odd}") from odd
-    if head.version == _VERSION and (gone := _gone(text, configuration)):
+    if version == _VERSION and (gone := _gone(text, configuration)):
         raise ManifestError(f"{path}: Object missing required field `{gone}`")
     return configuration
 

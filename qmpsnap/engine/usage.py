@@ -13,6 +13,7 @@ from qmpsnap.engine.sample import Sample
 from qmpsnap.errors import LocalFailed, ManifestError
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import files
+from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.layout import LocalRoot
 
 log = logging.getLogger(__name__)
@@ -70,18 +71,11 @@ def encode(usage: Usage) -> bytes:
 
 def decode(text: str | bytes, path: str) -> Usage:
     """Raises ManifestError, naming *path* and the key; version 1 is read as one sample."""
-    try:
-        head = msgspec.json.decode(text, type=_Head)
-        if head.format != "qmpsnap-usage" or head.version > VERSION:
-            raise ManifestError(
-                f"{path}: is {head.format} version {head.version}; this qmpsnap knows "
-                f"qmpsnap-usage up to {VERSION}"
-            )
-        if head.version == 1:
+    version = version_of(text, "qmpsnap-usage", VERSION, path)
+    with readable(text, path):
+        if version == 1:
             return Usage(version=1, before=firstusage.decode(text))
         return msgspec.json.decode(text, type=Usage)
-    except msgspec.DecodeError as odd:
-        raise ManifestError(f"{path}: {odd}") from odd
 
 
 def last(root: LocalRoot, vm: str) -> Usage | None:
@@ -102,11 +96,6 @@ def keep(root: LocalRoot, usage: Usage) -> None:
         files.replace(root.usage(str(usage.vm)), encode(usage), side=LocalFailed)
     except LocalFailed as failed:
         log.warning("the next snapshot will have no figures since this one: %s", failed)
-
-
-class _Head(msgspec.Struct):
-    format: str
-    version: int
 
 
 def schemas() -> dict[str, dict[str, object]]:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from qmpsnap.errors import ManifestError
 from qmpsnap.ids import is_snapshot_id, is_vm_name
+from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.layout import SHARED
 
 Size = Annotated[int, Meta(ge=0)]
@@ -282,11 +282,6 @@ class Paired(Struct, frozen=True, kw_only=True):
         _check_moment(self.shipped_at)
 
 
-class _Head(Struct, frozen=True):
-    format: str
-    version: int
-
-
 KINDS: Mapping[str, tuple[type[Struct], int]] = {
     "qmpsnap-storage": (Storage, 1),
     "qmpsnap-identity": (Identity, 1),
@@ -310,36 +305,16 @@ def encode(value: Storage | Identity | Manifest | Paired | Merged | Digests) -> 
 
 def decode(content: bytes, kind: type[T], path: Path) -> T:
     """The value that the file *path* holds. Raises ManifestError, naming *path* and `$.key`."""
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError) as failed:
-        raise ManifestError(f"{path}: {_in_words(failed, content)}") from failed
     wanted, newest = next((word, new) for word, (one, new) in KINDS.items() if one is kind)
-    if head.format != wanted:
-        raise ManifestError(f"{path}: is of the format {head.format!r}, not {wanted!r}")
-    if head.version > newest:
-        raise ManifestError(
-            f"{path}: is {wanted} version {head.version}; this qmpsnap knows up to {newest}",
-            hint="use the qmpsnap that wrote it, or a newer one",
-        )
-    try:
+    version_of(content, wanted, newest, path)
+    with readable(content, path):
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as failed:
-        raise ManifestError(f"{path}: {_in_words(failed, content)}") from failed
 
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of each format, by the format's word."""
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return {word: dialect | msgspec.json.schema(kind) for word, (kind, _) in KINDS.items()}
-
-
-def _in_words(failed: Exception, content: bytes) -> str:
-    if not content.strip():
-        return "is empty"
-    if "truncated" in str(failed):
-        return f"is cut short after {len(content)} bytes"
-    return str(failed)
 
 
 def _check_names(vm: str | None, id: str | None = None) -> None:
