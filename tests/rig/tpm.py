@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -29,7 +30,7 @@ def options(socket: Path) -> list[str]:
 @contextmanager
 def swtpm(folder: Path, *more: str, state: Sequence[str] = ()) -> Iterator[Path]:
     """A TPM 2 in *folder*, its paths relative, as some have it; the socket."""
-    if shutil.which("swtpm") is None:
+    if shutil.which("swtpm") is None and not os.environ.get("CI"):
         pytest.skip("needs swtpm")
     (folder / "state").mkdir(parents=True, exist_ok=True)
     words = [
