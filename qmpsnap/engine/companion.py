@@ -13,10 +13,11 @@ from qmpsnap.engine.half import Glanced, Pair
 from qmpsnap.engine.restoration import Ready
 from qmpsnap.engine.tpm import FOLDER, NAME, Key, Tpm, nothing
 from qmpsnap.engine.verdict import Row, Verdict
-from qmpsnap.errors import HalfMissing, LocalFailed, ManifestError, SnapError
+from qmpsnap.errors import HalfMissing, LocalFailed, SnapError
 from qmpsnap.host import swtpm
 from qmpsnap.host.swtpm import Wanted
 from qmpsnap.hypervisor.machine import tpm
+from qmpsnap.store.head import readable, version_of
 
 
 def with_tpm(ready: Ready, seen: Glanced) -> tuple[Ready, list[Row]]:
@@ -27,7 +28,7 @@ def with_tpm(ready: Ready, seen: Glanced) -> tuple[Ready, list[Row]]:
     pair, cold = ready.pair, ready.wish.cold
     try:
         facts, unread = _facts(pair, seen), ""
-    except (SnapError, msgspec.DecodeError) as odd:
+    except SnapError as odd:
         # what is loaded says all but this, and a TPM 1.2 has become rare
         facts, unread = nothing(found[0], str(odd)), str(odd)
     listed = [f"{FOLDER}/{name}" for name in facts.files]
@@ -68,10 +69,10 @@ async def placed(ready: Ready) -> None:
 
 
 def _facts(pair: Pair, seen: Glanced) -> Tpm:
-    facts = msgspec.json.decode(seen.text(NAME), type=Tpm)
-    if facts.format != "qmpsnap-tpm" or facts.version > 1:
-        raise ManifestError(f"{pair.vm}/{pair.id}/{NAME}: version {facts.version} is not known")
-    return facts
+    text, path = seen.text(NAME), f"{pair.vm}/{pair.id}/{NAME}"
+    version_of(text, "qmpsnap-tpm", 1, path)
+    with readable(text, path):
+        return msgspec.json.decode(text, type=Tpm)
 
 
 def _place(ready: Ready, facts: Tpm, stored: bool) -> Path:

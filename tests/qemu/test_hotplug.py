@@ -144,9 +144,10 @@ async def came_and_went_on_pc(vm: Running) -> None:
     await release(vm, "first", "vdgone")
     # 10.0 and 11.1 count user networks: the one that stays is not the next after the default one
     await ask(vm.witness, "netdev_add", {"type": "user", "id": "n0"})
-    await ask(vm.witness, "netdev_add", {"type": "user", "id": "n1", "restrict": True})
+    # a card and what it is connected to often have the same name
+    await ask(vm.witness, "netdev_add", {"type": "user", "id": "nic1", "restrict": True})
     await ask(vm.witness, "netdev_del", {"id": "n0"})
-    await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", addr="1c.1")
+    await plug(vm, "virtio-net-pci", "nic1", netdev="nic1", mac="52:54:00:00:00:77", addr="1c.1")
     await plug(vm, "e1000", "nic2", mac="52:54:00:00:00:78", romfile="", bus="br0", addr="5")
     await ask(vm.witness, "blockdev-add", raw(image(at / "h0.raw", "raw"), "h0"))
     await ask(vm.witness, "object-add", {"qom-type": "iothread", "id": "io1"})
@@ -173,8 +174,8 @@ async def came_and_went_on_pc(vm: Running) -> None:
 
 async def came_and_went_on_q35(vm: Running) -> None:
     await unplug(vm, "mouse", "lun9")
-    await ask(vm.witness, "netdev_add", {"type": "socket", "id": "n1", "listen": "127.0.0.1:0"})
-    await plug(vm, "virtio-net-pci", "nic1", netdev="n1", mac="52:54:00:00:00:77", bus="rp0")
+    await ask(vm.witness, "netdev_add", {"type": "socket", "id": "nic1", "listen": "127.0.0.1:0"})
+    await plug(vm, "virtio-net-pci", "nic1", netdev="nic1", mac="52:54:00:00:00:77", bus="rp0")
     await ask(vm.witness, "netdev_add", {"type": "user", "id": "spare"})  # on no card, with a state
     random = {"qom-type": "rng-random", "id": "r1", "filename": "/dev/urandom"}
     await ask(vm.witness, "object-add", random)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpsnap.errors import Blocked, CommandRefused
+from qmpsnap.hypervisor.machine import network
+from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.inventory import Inventory
 from qmpsnap.hypervisor.machine.keyval import Fields, Json, Pair, from_json
+from qmpsnap.hypervisor.machine.network import Client
 from qmpsnap.hypervisor.machine.options import fields_of, option_of
 from qmpsnap.hypervisor.monitor import Monitor
 
@@ -39,7 +42,6 @@ _FAMILIAR = frozenset(
 )
 # Their peers do not come along: a restored card is connected to nothing, whatever it was.
 _PEERS = frozenset({"socket", "stream", "dgram", "l2tpv3", "vde"})
-_NET = re.compile(r"^(?: \\ )?(?P<id>[^:\s]+): index=\d+,type=(?P<type>[^,]+),?(?P<rest>.*)$")
 _UNNAMED = re.compile(r"#|user\.\d+$")  # what -nic and -net make
 _USER_NET = "10.0.2.0"
 
@@ -51,20 +53,15 @@ class BackEnds:
     monitor: Monitor
     inventory: Inventory
     notes: list[str] = field(default_factory=list)
-    _networks: dict[str, list[tuple[str, str]]] | None = None
+    _networks: dict[str, Client] | None = None
     _objects: dict[str, str] | None = None
 
-    async def networks(self) -> Mapping[str, list[tuple[str, str]]]:
-        """Type and words of each queue, by the id of the netdev or the card.
-
-        No QMP query tells of them: this is HMP's `info network`.
-        """
+    async def networks(self) -> Mapping[str, Client]:
+        """The netdevs, by id; no QMP query tells of them. A card may have the id of its own."""
         if self._networks is None:
-            self._networks = {}
-            for found in map(_NET.match, (await self._said("info network")).splitlines()):
-                if found is not None:
-                    queues = self._networks.setdefault(found["id"], [])
-                    queues.append((found["type"], found["rest"]))
+            said = await Asking(self.monitor).human("info network") or []
+            clients = network.parsed(said)
+            self._networks = {one.name: one for one in clients if one.type != network.CARD}
         return self._networks
 
     async def user_networks(self, line: CommandLine) -> list[str]:
@@ -72,8 +69,8 @@ class BackEnds:
         known = {fields_of(one).get("id") for one in line.all("netdev", "nic", "net")}
         return [
             ident
-            for ident, queues in (await self.networks()).items()
-            if queues[0][0] == "user" and ident not in known and not _UNNAMED.match(ident)
+            for ident, told in (await self.networks()).items()
+            if told.type == "user" and ident not in known and not _UNNAMED.match(ident)
         ]
 
     async def objects(self) -> Mapping[str, str]:
@@ -94,11 +91,10 @@ class BackEnds:
 
     async def netdev(self, ident: str) -> Option:
         """Raises Blocked for one that QEMU does not tell, or that is tied to something outside."""
-        queues = (await self.networks()).get(ident)
-        if not queues:
+        told = (await self.networks()).get(ident)
+        if told is None:
             raise Blocked(f"netdev {ident} is of a kind that QEMU does not tell")
-        kind, words = queues[0]
-        said = dict(word.partition("=")[::2] for word in words.split(","))
+        kind, said = told.type, told.facts
         pairs: list[Pair] = [("type", kind), ("id", ident)]
         match kind:
             case "user":
@@ -112,7 +108,7 @@ class BackEnds:
             case "tap" if said.get("br") and said.get("helper"):
                 pairs = [("type", "bridge"), ("id", ident), ("br", said["br"])]
             case "tap":
-                pairs += [("queues", str(len(queues)))] if len(queues) > 1 else []
+                pairs += [("queues", str(told.queues))] if told.queues > 1 else []
                 pairs += [("ifname", said["ifname"])] if said.get("ifname") else []
                 pairs += [("script", "no"), ("downscript", "no")]
                 self.notes.append(f"netdev {ident}: a tap without vhost")
@@ -162,13 +158,6 @@ class BackEnds:
             raise Blocked(f"chardev {ident} is a socket that QEMU does not tell")
         listens = ",server" in facts.filename
         return [*pairs, ("server", "on"), ("wait", "off")] if listens else pairs
-
-    async def _said(self, command: str) -> str:
-        try:
-            told = await self.monitor.execute("human-monitor-command", {"command-line": command})
-        except CommandRefused:
-            return ""
-        return str(told)
 
     async def _property(self, path: str, name: str) -> Any:
         try:

@@ -15,7 +15,7 @@ from qmpsnap.hypervisor.machine.options import Netdev, fields_of
 _CLIENT = re.compile(
     r"(?P<name>[^\s:][^:]*): index=(?P<index>\d+),type=(?P<type>[^,]+),?(?P<told>.*)"
 )
-_CARD = "nic"
+CARD = "nic"
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +43,9 @@ class NetworkBackend(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True)
-class _Seen:
+class Client:
+    """A card, or what one is connected to, as the human monitor tells of it."""
+
     name: str
     type: str
     told: str
@@ -61,14 +63,14 @@ async def take(
         return None, None
     seen = parsed(said)
     given = _given(line) if line else {}
-    cards = [_card(one) for one in seen if one.type == _CARD]
-    return cards, [_backend(one, given.get(one.name)) for one in seen if one.type != _CARD]
+    cards = [_card(one) for one in seen if one.type == CARD]
+    return cards, [_backend(one, given.get(one.name)) for one in seen if one.type != CARD]
 
 
-def parsed(said: list[str]) -> list[_Seen]:
+def parsed(said: list[str]) -> list[Client]:
     """What `info network` says; of a client with several queues there is a line for each."""
-    found: dict[tuple[str, bool], _Seen] = {}  # a card may be called as its backend is
-    above: _Seen | None = None
+    found: dict[tuple[str, bool], Client] = {}  # a card may be called as its backend is
+    above: Client | None = None
     for row in said:
         inner = row.startswith(" \\ ")
         port, text = None, row.removeprefix(" \\ ").strip()
@@ -79,12 +81,12 @@ def parsed(said: list[str]) -> list[_Seen]:
         if match is None:
             above = None
             continue
-        new = _Seen(match["name"], match["type"], match["told"])
-        one = found.setdefault((new.name, new.type == _CARD), new)
+        new = Client(match["name"], match["type"], match["told"])
+        one = found.setdefault((new.name, new.type == CARD), new)
         one.queues += 1
         one.facts |= dict(pair.split("=", 1) for pair in new.told.split(",") if "=" in pair)
         if port is not None:
-            found[port, False] = _Seen(port, "hubport", "", 1, peer=one.name)
+            found[port, False] = Client(port, "hubport", "", 1, peer=one.name)
             one.peer = port
         elif inner and above is not None:
             one.peer, above.peer = above.name, one.name
@@ -93,7 +95,7 @@ def parsed(said: list[str]) -> list[_Seen]:
     return list(found.values())
 
 
-def _card(one: _Seen) -> Card:
+def _card(one: Client) -> Card:
     return Card(
         id=one.name,
         model=one.facts.get("model", ""),
@@ -103,7 +105,7 @@ def _card(one: _Seen) -> Card:
     )
 
 
-def _backend(one: _Seen, options: dict[str, str] | None) -> NetworkBackend:
+def _backend(one: Client, options: dict[str, str] | None) -> NetworkBackend:
     given = options or {}
     return NetworkBackend(
         id=one.name,

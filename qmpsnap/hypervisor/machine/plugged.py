@@ -120,8 +120,8 @@ class Plugged:
             case "chardev":
                 return None if there else await self.ends.chardev(ident)
             case "netdev":
-                queues = (await self.ends.networks()).get(ident, [("", "")])
-                same = there is not None and fields_of(there).get("type") == queues[0][0]
+                told = (await self.ends.networks()).get(ident)
+                same = told and there is not None and fields_of(there).get("type") == told.type
                 return None if same else await self.ends.netdev(ident)
             case _:
                 kind = (await self.ends.objects()).get(ident, "")

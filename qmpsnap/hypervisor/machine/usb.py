@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from qmpsnap.errors import CommandRefused
+from qmpsnap.hypervisor.machine import tree
+from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.machine.inventory import DeviceFacts, Inventory
+from qmpsnap.hypervisor.machine.tree import Found
 from qmpsnap.hypervisor.monitor import Monitor
-
-_BUS = re.compile(r"( *)bus: (\S+)")
-_DEVICE = re.compile(r'( *)dev: (\S+), id "(.*)"')
-_PORT = re.compile(r" *addr [\d.]+, port ([\d.]+), speed")
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A device on a port, as HMP's `info qtree` has it; *id* is empty where it has none."""
-
-    bus: str
-    type: str
-    id: str
-    port: str
 
 
 def on_usb(facts: DeviceFacts) -> bool:
@@ -36,15 +20,16 @@ class Ports:
     def __init__(self, monitor: Monitor, inventory: Inventory) -> None:
         self._monitor = monitor
         self._inventory = inventory
-        self._seats: list[Seat] | None = None
+        self._seats: list[Found] | None = None
 
     async def of(self, facts: DeviceFacts) -> str | None:
         """The port of *facts*, `2.1` behind a hub; None if QEMU does not tell. MonitorLost."""
         if self._seats is None:
-            self._seats = list(_seats(await self._tree()))
+            told = await tree.take(Asking(self._monitor)) or []
+            self._seats = [one for one in told if one.usb_port is not None]
         alike = [one for one in self._seats if (one.bus, one.type) == (facts.bus, facts.type)]
         if facts.id is not None:
-            return next((one.port for one in alike if one.id == facts.id), None)
+            return next((one.usb_port for one in alike if one.id == facts.id), None)
         # QEMU lists a bus newest first; what it made by itself, at the start, comes last
         nameless = [one for one in alike if not one.id]
         known = [
@@ -54,24 +39,4 @@ class Ports:
         ]
         newest_first = sorted(known, key=lambda path: (len(path), path), reverse=True)
         place = newest_first.index(facts.path)
-        return nameless[place].port if place < len(nameless) else None
-
-    async def _tree(self) -> str:
-        line = {"command-line": "info qtree"}
-        try:
-            return str(await self._monitor.execute("human-monitor-command", line))
-        except CommandRefused:
-            return ""
-
-
-def _seats(tree: str) -> Iterator[Seat]:
-    buses: dict[int, str] = {}
-    device = (0, "", "")
-    for line in tree.splitlines():
-        if found := _BUS.match(line):
-            buses[len(found[1])] = found[2]
-        elif found := _DEVICE.match(line):
-            device = (len(found[1]), found[2], found[3])
-        elif found := _PORT.match(line):
-            indent, kind, ident = device
-            yield Seat(buses.get(indent - 2, ""), kind, ident, found[1])
+        return nameless[place].usb_port if place < len(nameless) else None
