@@ -9,7 +9,7 @@ SnapError
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
  │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
- │   ├─ MigrationFailed, LaunchFailed, LocalFailed
+ │   ├─ MigrationFailed, LaunchFailed, LocalFailed, StreamUnknown
  │   └─ StoreError: StoreStalled
  ├─ NotShipped (5)            captured; the spool holds the store half
  ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
@@ -137,6 +137,10 @@ class LaunchFailed(Failed):
 
 class LocalFailed(Failed):
     """The local root could not take what was to be written."""
+
+
+class StreamUnknown(Failed):
+    """A migration stream has something that we cannot take apart; QEMU may well load it."""
 
 
 class StoreError(Failed):

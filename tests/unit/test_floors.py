@@ -18,6 +18,7 @@ DOORS = {
     "zstandard": ("qmpsnap.store.",),
     "blake3": ("qmpsnap.store.",),
     "nbd": ("qmpsnap.hypervisor.nbd.",),
+    "numpy": ("qmpsnap.hypervisor.vmstate.walk", "qmpsnap.hypervisor.vmstate.pages"),
     "typer": ("qmpsnap.cli.",),
     "click": ("qmpsnap.cli.",),
     "rich": ("qmpsnap.cli.",),
