@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from qmpsnap.errors import DamagedData, PacksMissing, StoreError
+from qmpsnap.errors import DamagedData, HalfMissing, PacksMissing, StoreError
 from qmpsnap.store import chunking, files, half, moved, rampack, repack, shared, sweeping, wire
 from qmpsnap.store.files import digest_file
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
 from qmpsnap.store.ramindex import Index
+from qmpsnap.store.remote import Store
 from tests.rig.halves import names, spooled
 from tests.rig.ram import PAGE, page, write_image
 
@@ -371,3 +374,54 @@ def test_a_note_that_leads_nowhere_is_damage(series):
     series.whole(*left)
     with pytest.raises((StoreError, DamagedData)):
         files.publish(note, b"another")
+
+
+async def test_through_the_worker(series, tmp_path):
+    """A half in the spool, of which a part is on the store; then shipped."""
+    store = Store(series.store, within=20)
+    series.spool(IDS[0], changing(0))
+    series.ship(IDS[0])
+    made = series.spool(IDS[1], changing(1), IDS[0])
+    spool, local = series.local.spool("web", IDS[1]), series.local.shared("web")
+    assert await store.packs("web", IDS[1], spool, local, whole=True) == []
+    heard: list[int] = []
+    for number, where in enumerate([{"spool": spool, "shared": local}, {}]):
+        to = tmp_path / f"to{number}"
+        to.mkdir()
+        filled = await store.fill(
+            "web", IDS[1], to, near=[tmp_path], **where,
+            on_progress=lambda done, total, what: heard.append(done),
+        )  # fmt: skip
+        assert filled.pack_bytes == SIZE
+        assert heard[-1] == SIZE
+        assert (to / "0.pages").read_bytes() == (series.path / IDS[1] / "pc.ram").read_bytes()
+        if not number:
+            await store.ship(spool, "web", IDS[1], shared=local)
+    assert await store.verify("web", IDS[1]) == []
+    shutil.rmtree(spool)
+    lost = next(pack for pack in made.packs if not pack.fresh)
+    waiting = [pack.blake3 for pack in made.packs]
+    await store.remove("web", IDS[0], waiting=waiting)
+    (series.store.shared("web") / lost.blake3).unlink()
+    (problem,) = await store.verify("web", IDS[1])
+    assert problem.file == lost.entry.name
+    with pytest.raises(HalfMissing, match=lost.blake3):
+        await store.fill("web", IDS[1], to)
+    await store.remove("web", IDS[1])
+    assert names(series.store.vm("web")) == []
+
+
+def test_by_hand(series):
+    """What docs/recovery.md says, also of a pack that was moved."""
+    left = sparse(series)
+    series.remove(IDS[0])
+    text = (Path(__file__).parents[2] / "docs/recovery.md").read_text()
+    (script,) = re.findall(r"^python3 - \"\$STATE/vmstate/ram.index\".*?\nEND$", text, re.M | re.S)
+    state = series.store.snapshot("web", left[0])
+    there = {"STATE": str(state), "SHARED": str(series.store.shared("web"))}
+    environment = {**os.environ, **there, "TO": str(series.path)}
+    said = subprocess.run(
+        ["sh", "-eu", "-c", script], env=environment, check=True, capture_output=True, text=True
+    )
+    assert said.stdout == f"pc.ram {SIZE} {series.path}/0.pages\n"
+    assert (series.path / "0.pages").read_bytes() == (series.path / left[0] / "pc.ram").read_bytes()
