@@ -15,7 +15,7 @@ SnapError
  ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
  │   ├─ GuestLeftStopped, GuestStillFrozen
  ├─ DamagedData (7)           what is on disk is not what the manifest says
- │   ├─ ManifestError, HalfMissing, DigestMismatch, BaseChanged
+ │   ├─ ManifestError, HalfMissing (PacksMissing), DigestMismatch, BaseChanged
  └─ IllegalMove (4)           our own bug: a phase was skipped
 """
 
@@ -152,11 +152,15 @@ class StoreStalled(StoreError):
 
 
 class NotShipped(SnapError):
-    """*created*: from `create`, the `Created` of the snapshot, its state `shipping`."""
+    """*created*: from `create`, the `Created` of the snapshot, its state `shipping`.
+
+    *packs*: the digests of the packs that it needs and that are in no place, if that is the reason.
+    """
 
     exit_code = 5
     hint = "the snapshot is safe in the local spool: `qmpsnap ship` delivers it"
     created: object = None
+    packs: tuple[str, ...] = ()
 
 
 class GuestNeedsHelp(SnapError):
@@ -181,6 +185,14 @@ class ManifestError(DamagedData):
 
 class HalfMissing(DamagedData):
     pass
+
+
+class PacksMissing(HalfMissing):
+    """RAM that a snapshot shares is in no place: *packs* are the digests of what is lost."""
+
+    def __init__(self, message: str, *, hint: str = "", packs: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.packs = packs
 
 
 class DigestMismatch(DamagedData):

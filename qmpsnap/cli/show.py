@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qmpsnap.cli import options
 from qmpsnap.cli.target import Call, snapshot
 from qmpsnap.cli.verb import verb
+
+if TYPE_CHECKING:
+    from qmpsnap.store.manifest import Manifest
 
 EPILOG = """\b
 Examples:
@@ -21,6 +24,17 @@ Examples:
 Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
 7 a half is missing or damaged.
 """
+
+
+def _packs(manifest: Manifest) -> str | None:
+    """What is stored of the RAM once for all snapshots, and how much of it came with this one."""
+    from qmpsnap.cli.render import in_bytes
+
+    if not manifest.packs:
+        return None
+    used = sum(one.used_bytes for one in manifest.packs)
+    fresh = sum(one.used_bytes for one in manifest.packs if one.fresh)
+    return f"{in_bytes(used)} in {len(manifest.packs)}, {in_bytes(fresh)} of them brought by it"
 
 
 @verb()
@@ -99,6 +113,7 @@ async def show(
         ("quiesce", manifest.quiesce),
         ("frozen", in_ms(manifest.frozen_ms) if manifest.frozen_ms is not None else None),
         ("RAM", f"{ram.mode} ({ram.reason}), {in_bytes(ram.raw_bytes)}"),
+        ("RAM in packs", _packs(manifest)),
         ("level", storage.level),
         ("revisions", f"0 to {refreshed[-1].revision}" if refreshed else None),
         ("QEMU", manifest.qemu_version),

@@ -23,6 +23,7 @@ from qmpsnap.errors import (
     MonitorBusy,
     Refused,
     StoreError,
+    StoreRefused,
     VmBusy,
     VmUnknown,
 )
@@ -122,8 +123,29 @@ async def removed(roots: Roots, vm: str, id: str, *, sweeping: bool = True) -> N
     store that is not mounted there is nothing to remove, and the store half would stay for good.
     """
     await judge(roots)
-    await roots.store.remove(vm, id, sweep=sweeping)
+    # what it waits for in a spool of its own is needed until that is gone
+    late = await asyncio.to_thread(roots.local.spool(vm, id).is_dir)
+    waiting = await asyncio.to_thread(shared.awaited, roots.local, vm)
+    now = sweeping and not late and waiting is not None
+    await roots.store.remove(vm, id, sweep=now, waiting=waiting or ())
     await asyncio.to_thread(_removed_local, roots, vm, id)
+    if sweeping and not now:
+        try:
+            await swept(roots, vm)
+        except (StoreError, StoreRefused) as dead:
+            log.warning("%s: what snapshots shared stays until the next removal: %s", vm, dead)
+
+
+async def swept(roots: Roots, vm: str) -> None:
+    """What snapshots of *vm* shared, and neither they nor a spool here needs, leaves the store.
+
+    Raises StoreError.
+    """
+    waiting = await asyncio.to_thread(shared.awaited, roots.local, vm)
+    if waiting is None:
+        log.warning("%s: what snapshots shared stays: a damaged one here may need it", vm)
+    else:
+        await roots.store.sweep(vm, waiting=waiting)
 
 
 def _removed_local(roots: Roots, vm: str, id: str) -> None:
@@ -136,7 +158,9 @@ def _removed_local(roots: Roots, vm: str, id: str) -> None:
             if not (folder / KEPT).exists():
                 shutil.rmtree(folder)  # it was never sealed
         sweep(roots, vm)
-        if not roots.local.ids(vm):
+        if roots.local.ids(vm):
+            shared.sweep_local(roots.local, vm)
+        else:
             shared.forget(roots.local, vm)
     except OSError as failed:
         raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed

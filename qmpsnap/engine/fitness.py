@@ -149,6 +149,7 @@ async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assesse
     whole = [one.entry.name for one in pair.manifest.shared if one.path in other]
     seen = await pair.glance(MACHINE, USAGE, tpm.NAME, whole=whole)
     _files(found, seen)
+    _packs(found, seen)
     chosen = bootfiles.choices(pair, other, seen)
     _boot_files(found, chosen)
     machine = None
@@ -235,6 +236,21 @@ def _files(found: Assessed, seen: Glanced) -> None:
         with found.row("vmstate" if ram else entry.name, size, size):
             if entry.name in seen.wrong:
                 raise seen.wrong[entry.name]
+
+
+def _packs(found: Assessed, seen: Glanced) -> None:
+    """The RAM that is shared with other snapshots: one row, which tells of the first that lacks."""
+    packs = found.pair.manifest.packs
+    if not packs:
+        return
+    wrong = [one.entry.name for one in packs if one.entry.name in seen.wrong]
+    size = f"{in_bytes(sum(one.used_bytes for one in packs))} in {len(packs)} packs"
+    if wrong and found.wish.cold:
+        found.differs("RAM", str(seen.wrong[wrong[0]]))
+        return
+    with found.row("RAM", size, size):
+        if wrong:
+            raise seen.wrong[wrong[0]]
 
 
 def _boot_files(found: Assessed, chosen: Sequence[bootfiles.Choice]) -> None:

@@ -10,12 +10,20 @@ from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import DamagedData, DigestMismatch, HalfMissing, LocalFailed, SnapError
+from qmpsnap.errors import (
+    DamagedData,
+    DigestMismatch,
+    HalfMissing,
+    LocalFailed,
+    SnapError,
+    StoreError,
+)
 from qmpsnap.store import files, local, pack
 from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
-from qmpsnap.store.wire import error
+from qmpsnap.store.wire import Problem, error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +70,55 @@ class Pair:
         Raises DamagedData for the manifest, StoreError, LocalFailed.
         """
         if self.spooled:
-            return await asyncio.to_thread(self._glance, names, whole)
+            found = await asyncio.to_thread(self._glance, names, whole)
+            found.wrong.update(await self._packs())
+            return found
         seen = await self.roots.store.glance(self.vm, self.id, names, whole=whole, seal=self.seal)
         wrong: dict[str, SnapError] = {name: error(one) for name, one in seen.troubles.items()}
         return Glanced(seen.texts, wrong)
+
+    async def _packs(self) -> dict[str, SnapError]:
+        """What is wrong with packs of a half in the spool: here, or on the store, by name."""
+        try:
+            found = await self.packs(whole=False)
+        except (StoreError, LocalFailed) as failed:
+            return {pack.entry.name: failed for pack in self.manifest.packs}
+        return {one.file: HalfMissing(one.what) for one in found}
+
+    async def packs(self, *, whole: bool, tell: files.Progress | None = None) -> list[Problem]:
+        """What is wrong with the RAM in packs of a half that is in the spool; *whole*: all is read.
+
+        Raises StoreError, LocalFailed, DamagedData.
+        """
+        local = self.roots.local
+        spool, shared = local.spool(self.vm, self.id), local.shared(self.vm)
+        if not self.manifest.packs:
+            return []
+        return await self.roots.store.packs(
+            self.vm, self.id, spool, shared, whole=whole, on_progress=tell
+        )
+
+    async def fill(self, to: Path, report: Report, *, near: Sequence[Path] = ()) -> Filled:
+        """Make the page images of its RAM in the folder *to*, as `filling.fill` does.
+
+        Raises HalfMissing, DigestMismatch, DamagedData, which name what is lost; StoreError,
+        LocalFailed.
+        """
+
+        def tell(done: int, total: int, what: str) -> None:
+            report("filling RAM", done, total)
+
+        spool = self.roots.local.spool(self.vm, self.id) if self.spooled else None
+        return await self.roots.store.fill(
+            self.vm,
+            self.id,
+            to,
+            near=near,
+            seal=self.seal,
+            spool=spool,
+            shared=self.roots.local.shared(self.vm) if self.spooled else None,
+            on_progress=tell,
+        )
 
     def spooled_at(self, entry: FileEntry) -> Path:
         """Where a file lies while the store half waits in the spool."""
@@ -73,9 +126,15 @@ class Pair:
             return self.roots.local.shared(self.vm) / entry.blake3
         return self.roots.local.spool(self.vm, self.id) / entry.name
 
+    @property
+    def plain(self) -> list[FileEntry]:
+        """All files of the store half but the packs of RAM, which need not be on this side."""
+        packs = {pack.blake3 for pack in self.manifest.packs}
+        return [one for one in self.manifest.listed if one.blake3 not in packs]
+
     def _glance(self, names: Sequence[str], whole: Sequence[str]) -> Glanced:
         found = Glanced({}, {})
-        for entry in self.manifest.listed:
+        for entry in self.plain:
             path = self.spooled_at(entry)
             try:
                 if entry.name not in (*names, *whole):

@@ -155,7 +155,7 @@ async def _removed(
     if debts:
         try:
             # each look reads the manifests of all that are left: one is enough
-            await roots.store.sweep(vm)
+            await delete.swept(roots, vm)
         except (StoreError, StoreRefused) as unreachable:
             return fates, debts, unreachable
     return fates, debts, None

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots, judge, moment
-from qmpsnap.errors import LocalFailed, NotShipped, SnapError, VmBusy
+from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, VmBusy
 from qmpsnap.host import lock
-from qmpsnap.store import local
+from qmpsnap.store import local, shared
 from qmpsnap.store.manifest import Paired
 
 
@@ -45,7 +45,9 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
             on_progress=tell,
         )
     except SnapError as failed:
-        raise NotShipped(f"{vm} {id} is captured, but not shipped: {failed}") from failed
+        waiting = NotShipped(f"{vm} {id} is captured, but not shipped: {failed}")
+        waiting.packs = failed.packs if isinstance(failed, PacksMissing) else ()
+        raise waiting from failed
     note = Paired(
         id=id,
         manifest_blake3=shipped.manifest_blake3,
@@ -54,6 +56,7 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     )
     await asyncio.to_thread(local.mark_paired, roots.local, vm, note)
     await asyncio.to_thread(_remove, spool)
+    await asyncio.to_thread(shared.sweep_local, roots.local, vm)
     return Delivered(vm, id, shipped.bytes)
 
 
@@ -87,6 +90,7 @@ async def ship_waiting(
         if facts.paired is not None and facts.spool:
             # shipped and noted: a crash came between the note and the end of the spool
             await asyncio.to_thread(_remove, roots.local.spool(vm, facts.id))
+            await asyncio.to_thread(shared.sweep_local, roots.local, vm)
         elif facts.storage is None or facts.spooled is None or facts.problem is not None:
             continue
         else:

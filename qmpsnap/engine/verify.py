@@ -129,13 +129,14 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
     if not pair.spooled:
         problems = await roots.store.verify(pair.vm, pair.id, seal=pair.seal, on_progress=tell)
         return [Finding(where=problem.file, what=problem.what) for problem in problems]
-    for one in pair.manifest.listed:
+    for one in pair.plain:
         path = pair.spooled_at(one)
         try:
             await asyncio.to_thread(files.expect, path, one, side=LocalFailed)
         except (DamagedData, LocalFailed) as damaged:
             findings.append(Finding(where=one.name, what=str(damaged)))
-    return findings
+    problems = await pair.packs(whole=True, tell=tell)
+    return findings + [Finding(where=problem.file, what=problem.what) for problem in problems]
 
 
 async def _of_the_store(roots: Roots, entry: Entry) -> list[Finding]:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 from qmpsnap.errors import LocalFailed, SnapError
@@ -31,8 +32,7 @@ _AHEAD = 3 * _THREADS
 _INDEX_MAX = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
+class Filled(msgspec.Struct, frozen=True, kw_only=True):
     """Where the chunks came from, in bytes of RAM: other images here, or packs."""
 
     near_bytes: int
@@ -87,7 +87,7 @@ def fill(
             done += block.bytes
             if on_progress is not None:
                 on_progress(done, total, f"filling {block.block}")
-        return Filled(run.near_bytes, run.pack_bytes)
+        return Filled(near_bytes=run.near_bytes, pack_bytes=run.pack_bytes)
 
 
 class _Filling:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from qmpsnap.errors import (
     UsageError,
 )
 from qmpsnap.ids import is_snapshot_id, is_vm_name
-from qmpsnap.store import shared, wire
+from qmpsnap.store import ramhalf, shared, sweeping, wire
 from qmpsnap.store.files import (
     Progress,
+    Side,
     copy_to_fd,
     copy_verified,
     digest_bytes,
@@ -37,9 +38,11 @@ from qmpsnap.store.files import (
     sync_folder,
     told,
 )
-from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot
+from qmpsnap.store.filling import Filled
+from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
+from qmpsnap.store.shelf import Shelf
 
 _SMALL = 16 << 20
 _GONE = "the store half is not sealed, or not there"
@@ -59,8 +62,7 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
     if os.path.lexists(path) and read_small(path, side=StoreError) != content:
         raise StoreError(f"{path}: another store half is sealed there")
     make_folders(path.parent, root.path, side=StoreError)
-    for entry in _shared(manifest):
-        shared.deliver(root, request.vm, entry, _kept(request), progress)
+    _deliver(root, request, manifest, progress)
     for entry in manifest.files:
         src, dst = spool / entry.name, path.parent / entry.name
         if not os.path.lexists(src):
@@ -68,10 +70,9 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
         make_folders(dst.parent, root.path, side=StoreError)
         copy_verified(src, dst, entry, progress)
     publish(path, content, side=StoreError)
-    for entry in _shared(manifest):
-        # one that was put aside before our folder could be seen
-        shared.deliver(root, request.vm, entry, _kept(request), progress)
-    size = sum(entry.bytes for entry in manifest.files) + len(content)
+    _deliver(root, request, manifest, progress)  # what was aside before our folder could be seen
+    brought = [*manifest.files, *(pack.entry for pack in manifest.packs if pack.fresh)]
+    size = sum(entry.bytes for entry in brought) + len(content)
     return wire.Shipped(manifest_blake3=digest_bytes(content), bytes=size)
 
 
@@ -105,11 +106,15 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     except (DamagedData, StoreError) as failed:
         return [wire.Problem(file=MANIFEST, what=str(failed))]
     problems = []
-    for entry in manifest.listed:
+    for entry in _plain(manifest):
         try:
             expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
         except (DamagedData, StoreError) as failed:
             problems.append(wire.Problem(file=entry.name, what=str(failed)))
+    if manifest.ram.index is not None:
+        with _shelf(root, request, None) as shelf:
+            index = folder / manifest.ram.index
+            problems += ramhalf.verify(manifest, index, shelf, progress)
     listed = {MANIFEST, *(entry.name for entry in manifest.files)}
     extra = sorted(set(_walk(folder, folder)) - listed)
     return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
@@ -122,7 +127,10 @@ def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Gl
     """
     _, manifest = _sealed(root, request)
     texts, troubles = {}, {}
-    for entry in manifest.listed:
+    with _shelf(root, request, None) as shelf:
+        for name, failed in ramhalf.troubles(manifest, shelf):
+            troubles[name] = wire.trouble(failed)
+    for entry in _plain(manifest):
         try:
             path = _path(root, request, entry)
             if entry.name in request.texts:
@@ -205,15 +213,53 @@ def remove(root: StoreRoot, request: wire.Remove, progress: Progress) -> None:
             sync_folder(folder.parent)
             progress(1, 0, f"removing {request.vm} {request.id}")
     if request.sweep:
-        sweep(root, request.vm, progress)
+        sweep(root, request.vm, progress, request.waiting)
 
 
-def sweep(root: StoreRoot, vm: str, progress: Progress) -> None:
+def sweep(root: StoreRoot, vm: str, progress: Progress, waiting: Sequence[str] = ()) -> None:
     """Delete what snapshots of *vm* shared, and none needs any more. Raises StoreError."""
     with told(root.vm(vm), StoreError):
         there = _is_folder(root.shared(vm))
     if there:
-        shared.sweep(root, vm, progress)
+        sweeping.sweep(root, vm, progress, waiting=waiting)
+
+
+def fill(root: StoreRoot, request: wire.Fill, progress: Progress) -> Filled:
+    """Make the page images of a snapshot, also of one that is in the spool yet.
+
+    Raises what `filling.fill` does.
+    """
+    if request.spool is None:
+        _, manifest = _sealed(root, request)
+        if manifest.ram.index is None:
+            raise UsageError(f"{request.vm} {request.id} has no RAM in packs")
+        index = _path(root, request, _entry(manifest, manifest.ram.index))
+        return ramhalf.fill(manifest, index, _shelf(root, request, None), request, progress)
+    spool = Path(request.spool)
+    _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
+    shelf = _shelf(root, request, request.shared)
+    return ramhalf.fill(manifest, spool / str(manifest.ram.index), shelf, request, progress)
+
+
+def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire.Problem]:
+    """What is wrong with the RAM of a half that is in the spool yet. Raises LocalFailed."""
+    spool = Path(request.spool)
+    _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
+    shelf = _shelf(root, request, request.shared)
+    with shelf:
+        found = ramhalf.sizes(manifest, shelf)
+        if request.whole:
+            index = spool / str(manifest.ram.index)
+            found = ramhalf.verify(manifest, index, shelf, progress)
+    return found
+
+
+def _shelf(root: StoreRoot, request: wire.Half, local: str | None) -> Shelf:
+    for folder in (root.vm(request.vm), root.shared(request.vm)):
+        if os.path.lexists(folder) and not _is_folder(folder):
+            raise StoreError(f"{folder}: not a folder of ours")
+    there: list[tuple[Path, Side]] = [(root.shared(request.vm), StoreError)]
+    return Shelf([*([(Path(local), LocalFailed)] if local else []), *there])
 
 
 def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
@@ -250,8 +296,17 @@ def _manifest(
     return content, manifest
 
 
-def _shared(manifest: Manifest) -> list[FileEntry]:
-    return [entry for entry in manifest.listed if entry not in manifest.files]
+def _deliver(root: StoreRoot, request: wire.Ship, manifest: Manifest, progress: Progress) -> None:
+    for entry in {one.blake3: one.entry for one in manifest.shared}.values():
+        shared.deliver(root, request.vm, entry, _kept(request), progress)
+    if manifest.packs:
+        ramhalf.deliver(root, manifest, Path(request.spool), _kept(request), progress)
+
+
+def _plain(manifest: Manifest) -> list[FileEntry]:
+    """All but the packs, which may have been moved."""
+    packs = {pack.blake3 for pack in manifest.packs}
+    return [one for one in manifest.listed if one in manifest.files or one.blake3 not in packs]
 
 
 def _kept(request: wire.Ship) -> Path:
@@ -275,8 +330,8 @@ def _path(root: StoreRoot, request: wire.Half, entry: FileEntry) -> Path:
             raise HalfMissing(f"{here}: is missing, or not a folder of ours")
         here = here / part
     if not os.path.lexists(here):
-        if parts[0] == SHARED and os.path.lexists(shared.aside(here)):
-            return shared.aside(here)  # a sweep that died has left it there
+        if parts[0] == SHARED and os.path.lexists(aside(here)):
+            return aside(here)  # a sweep that died has left it there
         raise HalfMissing(f"{here}: is missing")
     return here
 

@@ -19,6 +19,7 @@ DIGESTS = "digests.json"
 SHARED = "shared"
 PROTECTED = "protected"
 PARTIAL = ".partial"
+GOING = ".going"
 
 Id = SnapshotId | str
 
@@ -115,6 +116,11 @@ class StoreRoot(_Root):
 
     def manifest(self, vm: str, id: Id) -> Path:
         return self.snapshot(vm, id) / MANIFEST
+
+
+def aside(path: Path) -> Path:
+    """Where the shared file *path* lies while a sweep decides, or when that was cut off."""
+    return path.with_name(path.name + GOING)
 
 
 def _folders(path: Path) -> Iterator[str]:

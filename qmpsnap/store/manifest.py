@@ -308,6 +308,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
         entries = [*(one.entry for one in self.shared), *(one.entry for one in self.packs)]
         return [*self.files, *{one.blake3: one for one in entries}.values()]
 
+    @property
+    def needed(self) -> set[str]:
+        """The digests of all that it shares with other snapshots."""
+        return {one.blake3 for one in self.shared} | {one.blake3 for one in self.packs}
+
     def entry(self, name: str) -> FileEntry | None:
         """What is listed under *name*."""
         return next((file for file in self.listed if file.name == name), None)

@@ -17,10 +17,10 @@ from qmpsnap.errors import DamagedData, HalfMissing
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import Side, publish, read_small
 from qmpsnap.store.head import readable, version_of
+from qmpsnap.store.layout import aside
 from qmpsnap.store.manifest import Digest
 from qmpsnap.store.ramindex import Named
 
-GOING = ".going"
 _SUFFIX = ".moved"
 
 
@@ -36,11 +36,6 @@ class Moved(Struct, frozen=True, kw_only=True):
 def note(pack: Path) -> Path:
     """Where the note of the pack *pack* is, if there is one."""
     return pack.with_name(pack.name + _SUFFIX)
-
-
-def aside(path: Path) -> Path:
-    """Where the shared file *path* lies while a sweep decides, or when that was cut off."""
-    return path.with_name(path.name + GOING)
 
 
 def there(path: Path) -> Path | None:

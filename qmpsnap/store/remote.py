@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ import msgspec
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
+from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import Id, StoreRoot
 from qmpsnap.store.talk import Talk
 
@@ -150,17 +151,69 @@ class Store:
         )  # fmt: skip
         await self._ask(request, type(None), on_progress)
 
-    async def remove(self, vm: str, id: Id, *, sweep: bool = True) -> None:
+    async def remove(
+        self, vm: str, id: Id, *, sweep: bool = True, waiting: Collection[str] = ()
+    ) -> None:
         """Delete a store half, its manifest first; nothing to delete is as good.
 
         Who removes many leaves out the *sweep* for what they shared, and asks for it once.
+        *waiting*, as for `sweep`.
         """
-        request = wire.Remove(root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep)
+        request = wire.Remove(
+            root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep, waiting=sorted(waiting)
+        )
         await self._ask(request, type(None))
 
-    async def sweep(self, vm: str) -> None:
-        """Delete what snapshots of *vm* shared, and none needs any more."""
-        await self._ask(wire.Sweep(root=self._root(vm), vm=vm), type(None))
+    async def sweep(self, vm: str, *, waiting: Collection[str] = ()) -> None:
+        """Delete what snapshots of *vm* shared, and none needs any more.
+
+        *waiting* are the digests of what spools of this host need: they stay as they are.
+        """
+        request = wire.Sweep(root=self._root(vm), vm=vm, waiting=sorted(waiting))
+        await self._ask(request, type(None))
+
+    async def fill(
+        self,
+        vm: str,
+        id: Id,
+        to: Path,
+        *,
+        near: Sequence[Path] = (),
+        seal: str | None = None,
+        spool: Path | None = None,
+        shared: Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Filled:
+        """Make the page images of a snapshot in the folder *to*, as `filling.fill` does.
+
+        With *spool* the half is there yet, and those packs in *shared* that the store has not.
+
+        Raises HalfMissing, DigestMismatch, DamagedData, which name what is lost; LocalFailed.
+        """
+        request = wire.Fill(
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, to=_spelled(to),
+            near=[_spelled(one) for one in near],
+            spool=None if spool is None else _spelled(spool),
+            shared=None if shared is None else _spelled(shared),
+        )  # fmt: skip
+        return await self._ask(request, Filled, on_progress)
+
+    async def packs(
+        self,
+        vm: str,
+        id: Id,
+        spool: Path,
+        shared: Path,
+        *,
+        whole: bool = False,
+        on_progress: Progress | None = None,
+    ) -> list[wire.Problem]:
+        """What is wrong with the RAM of a half that is in the spool yet; *whole*: all is read."""
+        request = wire.Packs(
+            root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool),
+            shared=_spelled(shared), whole=whole,
+        )  # fmt: skip
+        return await self._ask(request, list[wire.Problem], on_progress)
 
     def _root(self, vm: str | None, id: Id | None = None) -> str:
         if vm is not None:

@@ -1,4 +1,4 @@
-"""Files that the snapshots of a VM share, by their digest: the only place that keeps and ends them.
+"""Files that the snapshots of a VM share, by their digest: the only place that keeps them.
 
 Each lies once on the store, `VM/shared/BLAKE3`, however many snapshots name it, and once on the
 local root, from which it is shipped.
@@ -15,8 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StoreError
-from qmpsnap.ids import is_snapshot_id
+from qmpsnap.errors import DamagedData, LocalFailed, StoreError
 from qmpsnap.spelling import encode, spelled
 from qmpsnap.store import local
 from qmpsnap.store.files import (
@@ -30,10 +29,8 @@ from qmpsnap.store.files import (
     sync_folder,
     told,
 )
-from qmpsnap.store.layout import MANIFEST, LocalRoot, StoreRoot
-from qmpsnap.store.manifest import FileEntry, Manifest, decode
-
-_GOING = ".going"
+from qmpsnap.store.layout import LocalRoot, StoreRoot, aside
+from qmpsnap.store.manifest import FileEntry
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +69,7 @@ def keep(root: LocalRoot, vm: str, paths: Iterable[str]) -> tuple[dict[str, Note
         content = encode(Notes(files={spelled(path): one for path, one in found.items()}))
         make_folders(root.shared(vm), root.path, side=LocalFailed)
         replace(root.notes(vm), content, side=LocalFailed)
-        _sweep_local(root, vm, {one.blake3 for one in found.values()})
+    _sweep_local(root, vm, {one.blake3 for one in found.values()})
     return found, troubles
 
 
@@ -92,22 +89,14 @@ def deliver(
     """*entry* is on the store, copied from *folder* if it is not there; what is there is not read.
 
     One that is cut short, or cannot be opened, stays until a whole copy takes its place: it may be
-    all that older snapshots have. One that `sweep` put aside is taken back. Two hosts may deliver
-    the same file at once.
+    all that older snapshots have. Two hosts may deliver the same file at once.
 
-    The snapshot that needs it has a folder on the store by now: that keeps `sweep` from it.
+    The snapshot that needs it has a folder on the store by now: that keeps a sweep from it.
     Raises StoreError, and LocalFailed and DigestMismatch for the copy in *folder*.
     """
+    if arrived(root, vm, entry):
+        return
     path = root.shared(vm) / entry.blake3
-    with suppress(StoreError, DamagedData):
-        expect_size(path, entry, side=StoreError)
-        return
-    with suppress(StoreError, DamagedData):
-        expect_size(aside(path), entry, side=StoreError)
-        with told(path, StoreError):
-            aside(path).replace(path)
-            sync_folder(path.parent)
-        return
     make_folders(path.parent, root.path, side=StoreError)
     fresh = path.with_name(f"{path.name}.{token_hex(8)}")  # another host's is never ours
     with told(path, StoreError):
@@ -121,88 +110,22 @@ def deliver(
         sync_folder(path.parent)
 
 
-def aside(path: Path) -> Path:
-    """Where the shared file *path* lies while `sweep` decides, or when that was cut off."""
-    return path.with_name(path.name + _GOING)
+def arrived(root: StoreRoot, vm: str, entry: FileEntry) -> bool:
+    """Whether *entry* is on the store, of its size; one that a sweep put aside is taken back.
 
-
-def sweep(root: StoreRoot, vm: str, progress: Progress | None = None) -> None:
-    """Remove what no snapshot on the store needs any more; *progress* is told of each manifest.
-
-    Nothing goes while a snapshot's folder has no manifest that can be read: it may be one that is
-    just being shipped. A file is first put aside; who ships meanwhile either finds that it is not
-    there, or is seen now by its folder. Raises StoreError; what was put aside is back then, if the
-    store lets it.
+    Raises StoreError when that cannot be done.
     """
-    put: list[Path] = []
-    look = _Look(root, vm, progress)
-    with told(root.vm(vm), StoreError):
-        there = _inside(root.shared(vm))
-        if not there:
-            return
-        try:
-            _swept(look, there, put)
-        except BaseException:
-            for path in put:
-                with suppress(OSError):
-                    _back(path)
-            raise
-        with suppress(OSError):
-            root.shared(vm).rmdir()  # only when it is empty
-        sync_folder(root.vm(vm))
-
-
-class _Look:
-    """What the snapshots of a VM need; a manifest that was read is not read again."""
-
-    def __init__(self, root: StoreRoot, vm: str, progress: Progress | None) -> None:
-        self._root, self._vm, self._progress = root, vm, progress
-        self._known: dict[str, set[str]] = {}
-
-    def needed(self) -> set[str] | None:
-        """The digests that they name now; None when one cannot be read. Raises OSError."""
-        folders = [path for path in _inside(self._root.vm(self._vm)) if is_snapshot_id(path.name)]
-        found: set[str] = set()
-        for number, folder in enumerate(folders, 1):
-            if folder.name not in self._known:
-                path = folder / MANIFEST
-                try:
-                    manifest = decode(read_small(path, side=StoreError), Manifest, path)
-                except SnapError:
-                    return None
-                self._known[folder.name] = {one.blake3 for one in manifest.shared}
-                if self._progress is not None:
-                    self._progress(number, 0, f"looking at what {self._vm} shares")
-            found |= self._known[folder.name]
-        return found
-
-
-def _swept(look: _Look, there: list[Path], put: list[Path]) -> None:
-    """*put* has what is aside, also when this is broken off."""
-    needed = look.needed()
-    put += [path for path in there if path.name.endswith(_GOING)]
-    for path in there:
-        if needed is not None and path not in put and path.name not in needed:
-            with suppress(FileNotFoundError):  # another sweep was faster
-                path.rename(aside(path))
-                put.append(aside(path))
-    needed = look.needed()
-    for path in dict.fromkeys(put):
-        name = _origin(path)
-        if needed is not None and (name.name not in needed or name.exists()):
-            path.unlink(missing_ok=True)  # who ships may have taken it back just now
-        else:
-            _back(path)
-
-
-def _origin(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(_GOING))
-
-
-def _back(path: Path) -> None:
-    if not _origin(path).exists():
-        with suppress(FileNotFoundError):
-            path.rename(_origin(path))
+    path = root.shared(vm) / entry.blake3
+    with suppress(StoreError, DamagedData):
+        expect_size(path, entry, side=StoreError)
+        return True
+    with suppress(StoreError, DamagedData):
+        expect_size(aside(path), entry, side=StoreError)
+        with told(path, StoreError):
+            aside(path).replace(path)
+            sync_folder(path.parent)
+        return True
+    return False
 
 
 def schemas() -> dict[str, dict[str, object]]:
@@ -258,16 +181,38 @@ def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
         return {}  # it only saves work
 
 
-def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:
+def awaited(root: LocalRoot, vm: str) -> set[str] | None:
+    """What the spools of this host need, by digest; None when that cannot be told.
+
+    Of it a removal on the store takes nothing. Raises LocalFailed.
+    """
+    needed: set[str] = set()
     for facts in local.survey(root, vm):
         if facts.problem is not None:
-            return  # nor is it known what its spool waits for
+            return None
         if facts.spool and facts.spooled is None and facts.storage is not None:
-            return
-        needed |= {one.blake3 for one in facts.spooled.shared} if facts.spooled else set()
+            return None
+        if facts.spooled is not None:
+            needed |= facts.spooled.needed
+    return needed
+
+
+def sweep_local(root: LocalRoot, vm: str) -> None:
+    """Copies that were shipped go, but for those of the newest snapshot's files of the host.
+
+    The caller holds the VM's lock, and has no packs there whose spool is not sealed yet. Raises
+    LocalFailed.
+    """
+    _sweep_local(root, vm, {one.blake3 for one in _noted(root, vm).values()})
+
+
+def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:
+    waiting = awaited(root, vm)
+    if waiting is None:
+        return  # a damaged spool may need any of them
     with told(root.shared(vm), LocalFailed):
         for path in _inside(root.shared(vm)):
-            if path.name not in needed:
+            if path.name not in needed | waiting:
                 path.unlink()
 
 

@@ -11,6 +11,7 @@ from qmpsnap.errors import (
     HalfMissing,
     LocalFailed,
     ManifestError,
+    PacksMissing,
     SnapError,
     StoreError,
     StoreRefused,
@@ -84,18 +85,59 @@ class Fetch(Sealed, frozen=True, kw_only=True):
 
 
 class Remove(Half, frozen=True, kw_only=True):
-    """*sweep*: what it shared with others is looked at too."""
+    """*sweep*: what it shared with others is looked at too, but for what is *waiting*."""
 
     sweep: bool = True
+    waiting: list[str] = []
 
 
 class Sweep(Request, frozen=True, kw_only=True):
-    """What snapshots of *vm* shared, and none needs any more, is to go."""
+    """What snapshots of *vm* shared, and none needs any more, is to go.
+
+    *waiting*: the digests of what spools need that are still to be shipped.
+    """
 
     vm: str
+    waiting: list[str] = []
 
 
-AnyRequest = Examine | Catalogue | Ship | Verify | Glance | Read | Load | Fetch | Remove | Sweep
+class Fill(Sealed, frozen=True, kw_only=True):
+    """RAM is to be made again, in the folder *to*; *near* are folders that may have parts of it.
+
+    *spool*, *shared*: the half is there yet, and packs of it in the other folder.
+    """
+
+    to: str
+    near: list[str]
+    spool: str | None = None
+    shared: str | None = None
+
+
+class Packs(Half, frozen=True, kw_only=True):
+    """Whether the RAM of a half that is in *spool* yet is whole: *shared* has packs, and the store.
+
+    *whole*: each byte is read.
+    """
+
+    spool: str
+    shared: str
+    whole: bool
+
+
+AnyRequest = (
+    Examine
+    | Catalogue
+    | Ship
+    | Verify
+    | Glance
+    | Read
+    | Load
+    | Fetch
+    | Remove
+    | Sweep
+    | Fill
+    | Packs
+)
 
 
 class Done(Struct, frozen=True, kw_only=True):
@@ -112,6 +154,7 @@ class Trouble(Struct, frozen=True, kw_only=True):
     code: str
     message: str
     hint: str
+    packs: list[str] = []
 
 
 class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -182,9 +225,12 @@ _KINDS = {
 
 def trouble(failed: SnapError) -> Trouble:
     """*failed*, to be sent."""
-    return Trouble(code=failed.code, message=str(failed), hint=failed.hint)
+    packs = list(failed.packs) if isinstance(failed, PacksMissing) else []
+    return Trouble(code=failed.code, message=str(failed), hint=failed.hint, packs=packs)
 
 
 def error(sent: Trouble) -> SnapError:
     """The error that was sent; one of an unknown kind is a StoreError."""
+    if sent.code == PacksMissing("").code:
+        return PacksMissing(sent.message, hint=sent.hint, packs=tuple(sent.packs))
     return _KINDS.get(sent.code, StoreError)(sent.message, hint=sent.hint)

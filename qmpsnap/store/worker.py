@@ -69,8 +69,12 @@ def answer_to(request: wire.AnyRequest) -> Any:
             return half.fetch(root, request, _progress)
         case wire.Remove():
             return half.remove(root, request, _progress)
-        case wire.Sweep(vm=vm):
-            return half.sweep(root, vm, _progress)
+        case wire.Sweep():
+            return half.sweep(root, request.vm, _progress, request.waiting)
+        case wire.Fill():
+            return half.fill(root, request, _progress)
+        case wire.Packs():
+            return half.packs(root, request, _progress)
 
 
 def examine_root(root: StoreRoot) -> Filesystem:

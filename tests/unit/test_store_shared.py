@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from qmpsnap.errors import DigestMismatch, LocalFailed, StoreError
-from qmpsnap.store import files, half, shared, wire
+from qmpsnap.store import files, half, shared, sweeping, wire
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Shared, decode, encode
 from qmpsnap.store.remote import Store
@@ -176,14 +176,14 @@ async def test_what_cannot_be_judged_is_not_removed(store, local, kernel):
     (folder / "none's").touch()
     other = store.root.snapshot("web", LATER)
     other.mkdir()  # as of one that is just being shipped
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(folder) == sorted([DIGEST, "none's"])
     (other / "manifest.json").write_text("{")
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(folder) == sorted([DIGEST, "none's"])
     (other / "manifest.json").unlink()
     other.rmdir()
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(folder) == [DIGEST]
 
 
@@ -192,7 +192,7 @@ async def test_a_sweep_that_was_cut_off_is_made_good(store, local, kernel):
     folder = store.root.shared("web")
     (folder / DIGEST).rename(folder / f"{DIGEST}.going")
     (folder / "x.going").touch()
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(folder) == [DIGEST]
     # the snapshot's folder went, and nothing else: who removes it again does the rest
     (folder / f"{DIGEST}.going").touch()
@@ -209,7 +209,7 @@ async def test_a_sweep_that_breaks_off_takes_nothing_away(
     store, local, kernel, monkeypatch, taken_back
 ):
     """It put the file aside, then another host shipped, then the store had a trouble."""
-    folder, look, looks = store.root.shared("web"), shared._Look.needed, []
+    folder, look, looks = store.root.shared("web"), sweeping._Look.needed, []
     await send(store, local, ID, kernel)
     spool = waiting(local, LATER, kernel)
     forgotten(store, ID)
@@ -224,9 +224,9 @@ async def test_a_sweep_that_breaks_off_takes_nothing_away(
         return look(looking)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared._Look, "needed", interrupted)
+        patch.setattr(sweeping._Look, "needed", interrupted)
         with pytest.raises(StoreError, match="ESTALE"):
-            shared.sweep(store.root, "web")
+            sweeping.sweep(store.root, "web")
     assert len(looks) == 2
     assert names(folder) == [DIGEST]
     assert await store.verify("web", LATER) == []
@@ -251,7 +251,7 @@ async def test_what_a_killed_sweep_has_put_aside_is_still_there(store, local, ke
     spool = waiting(local, THIRD, kernel)
     half.ship(store.root, shipping(store, local, spool, THIRD), quiet)
     assert await store.verify("web", ID) == []
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(copy.parent) == [DIGEST]
 
 
@@ -261,13 +261,13 @@ async def test_a_removal_tells_how_far_it_is_and_reads_each_manifest_once(
     """However many there are and however slow the store is, it is not taken for one that hangs."""
     for id in (ID, LATER, THIRD):
         await send(store, local, id, kernel)
-    read, events = shared.read_small, []
+    read, events = sweeping.read_small, []
 
     def slowly(path, *, side):
         events.append(path.parent.name)
         return read(path, side=side)
 
-    monkeypatch.setattr(shared, "read_small", slowly)
+    monkeypatch.setattr(sweeping, "read_small", slowly)
     request = wire.Remove(root=str(store.root.path), vm="web", id=ID)
     half.remove(store.root, request, lambda *_: events.append("told"))
     assert events == ["told", LATER, "told", THIRD, "told"]
@@ -288,7 +288,7 @@ async def test_one_that_is_shipped_meanwhile_keeps_it(store, local, kernel, monk
     """Another host ships while ours sweeps, after the first look or after the second."""
     await send(store, local, ID, kernel)
     spool = waiting(local, LATER, kernel)
-    look, looks = shared._Look.needed, []
+    look, looks = sweeping._Look.needed, []
 
     def interrupted(looking):
         looks.append(looking)
@@ -302,8 +302,8 @@ async def test_one_that_is_shipped_meanwhile_keeps_it(store, local, kernel, monk
     for path in sorted(store.root.snapshot("web", ID).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     store.root.snapshot("web", ID).rmdir()
-    monkeypatch.setattr(shared._Look, "needed", interrupted)
-    shared.sweep(store.root, "web")
+    monkeypatch.setattr(sweeping._Look, "needed", interrupted)
+    sweeping.sweep(store.root, "web")
     monkeypatch.undo()
     assert len(looks) == 2
     await store.ship(spool, "web", LATER, shared=local.shared("web"))
@@ -411,5 +411,5 @@ def test_one_that_is_put_aside_while_it_is_shipped_is_there_in_the_end(store, lo
     half.ship(store.root, shipping(store, local, spool), interrupted)
     assert sum("shared" in what for what in heard if what.startswith("copying")) == 1
     assert copy.read_bytes() == KERNEL
-    shared.sweep(store.root, "web")
+    sweeping.sweep(store.root, "web")
     assert names(store.root.shared("web")) == [DIGEST]

@@ -1,0 +1,165 @@
+"""The RAM of a store half that is in packs: the only place that ships, checks and fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qmpsnap.errors import (
+    DamagedData,
+    LocalFailed,
+    PacksMissing,
+    SnapError,
+    StoreError,
+    UsageError,
+)
+from qmpsnap.store import filling, moved, shared, wire
+from qmpsnap.store.files import Progress, expect, expect_size, read_small
+from qmpsnap.store.filling import Filled
+from qmpsnap.store.layout import StoreRoot
+from qmpsnap.store.manifest import Manifest, Pack
+from qmpsnap.store.ramindex import Index, Named
+from qmpsnap.store.rampack import table
+from qmpsnap.store.shelf import Shelf, whereabouts
+
+_INDEX_MAX = 1 << 30
+_PIECE = 32  # chunks that are read at a time
+_NAMED = 8  # packs, or chunks, that one message names
+
+
+def index_of(manifest: Manifest, path: Path) -> Index:
+    """The index of *manifest*, which is the file *path*, checked.
+
+    Raises DigestMismatch, DamagedData, StoreError; UsageError when its RAM is not in packs.
+    """
+    entry = manifest.entry(manifest.ram.index) if manifest.ram.index is not None else None
+    if entry is None:
+        raise UsageError(f"the RAM of {manifest.vm} {manifest.id} is not in packs")
+    expect(path, entry, side=StoreError)
+    index = Index.decode(read_small(path, side=StoreError, limit=_INDEX_MAX), path)
+    listed = {pack.blake3 for pack in manifest.packs}
+    if lost := [one.blake3 for one in index.packs if one.blake3 not in listed]:
+        raise DamagedData(f"{path}: names packs that the manifest does not list: {in_words(lost)}")
+    return index
+
+
+def deliver(
+    root: StoreRoot, manifest: Manifest, spool: Path, folder: Path, progress: Progress
+) -> None:
+    """All packs of *manifest* are on the store, copied from *folder* where they were not there.
+
+    One that was moved, with all that is needed of it, is there. Raises PacksMissing before anything
+    is copied, and as `shared.deliver`.
+    """
+    waiting: list[Pack] = []
+    lost: list[str] = []
+    for pack in manifest.packs:
+        if shared.arrived(root, manifest.vm, pack.entry) or _moved(root, manifest, pack, spool):
+            continue
+        try:
+            expect_size(folder / pack.blake3, pack.entry, side=LocalFailed)
+            waiting.append(pack)
+        except (LocalFailed, DamagedData):
+            lost.append(pack.blake3)
+    if lost:
+        raise PacksMissing(
+            f"RAM that it shares with other snapshots is neither on the store nor here: pack "
+            f"{in_words(lost)}",
+            hint="the packs were lost or removed; they can be made again from page images",
+            packs=tuple(lost),
+        )
+    for pack in waiting:
+        shared.deliver(root, manifest.vm, pack.entry, folder, progress)
+
+
+def _moved(root: StoreRoot, manifest: Manifest, pack: Pack, spool: Path) -> bool:
+    """Whether what is needed of *pack* is on the store in another one."""
+    try:
+        path, other = moved.lies(root.shared(manifest.vm) / pack.blake3, side=StoreError)
+    except DamagedData:
+        return False
+    if other is None:
+        return False  # it is there, and was cut short
+    index = index_of(manifest, spool / str(manifest.ram.index))
+    there = table(path, side=StoreError)
+    rows = (row for row in range(len(index)) if index.pack(row).blake3 == pack.blake3)
+    return all(index.digest(row) in there for row in rows)
+
+
+def troubles(manifest: Manifest, shelf: Shelf) -> Iterator[tuple[str, SnapError]]:
+    """What is wrong with the packs of *manifest* at a glance, by their names as listed."""
+    for pack in manifest.packs:
+        try:
+            lying = shelf.pack(Named(blake3=pack.blake3, bytes=pack.bytes))
+            expect_size(lying.path, lying.entry, side=lying.side)
+        except (DamagedData, StoreError, LocalFailed) as failed:
+            yield pack.entry.name, failed
+
+
+def sizes(manifest: Manifest, shelf: Shelf) -> list[wire.Problem]:
+    """As `troubles`, to be sent."""
+    return [wire.Problem(file=name, what=str(odd)) for name, odd in troubles(manifest, shelf)]
+
+
+def verify(manifest: Manifest, path: Path, shelf: Shelf, progress: Progress) -> list[wire.Problem]:
+    """Read all packs, and all chunks that the index *path* names: what is wrong, by pack."""
+    found: dict[str, str] = {}
+    for pack in manifest.packs:
+        try:
+            lying = shelf.pack(Named(blake3=pack.blake3, bytes=pack.bytes))
+            expect(lying.path, lying.entry, side=lying.side, on_progress=progress)
+        except (DamagedData, StoreError, LocalFailed) as failed:
+            found[pack.entry.name] = str(failed)
+    try:
+        index = index_of(manifest, path)
+    except (DamagedData, StoreError) as failed:
+        found.setdefault(str(manifest.ram.index), str(failed))
+    else:
+        for named, lost in _lost(index, shelf, progress).items():
+            name = f"shared/{named}"
+            places = in_words([whereabouts(index, row) for row in lost])
+            why = found.get(name, f"{name}: its digest is right, not so what the index says")
+            found[name] = f"{why}; {len(lost)} chunks are lost: {places}"
+    return [wire.Problem(file=name, what=what) for name, what in found.items()]
+
+
+def _lost(index: Index, shelf: Shelf, progress: Progress) -> dict[str, list[int]]:
+    """The rows of the chunks that cannot be had, by the pack that the index names."""
+    found: dict[str, list[int]] = {}
+    rows = sorted(range(len(index)), key=lambda row: (index.pack_numbers[row], index.offsets[row]))
+    for at in range(0, len(rows), _PIECE):
+        for row in _unread(index, shelf, rows[at : at + _PIECE]):
+            found.setdefault(index.pack(row).blake3, []).append(row)
+        progress(min(at + _PIECE, len(rows)), len(rows), "reading chunks of RAM")
+    return found
+
+
+def _unread(index: Index, shelf: Shelf, rows: Sequence[int]) -> Iterator[int]:
+    try:
+        for _ in shelf.chunks(index, rows):
+            pass
+    except (DamagedData, StoreError, LocalFailed):
+        if len(rows) == 1:
+            yield rows[0]
+            return
+        for row in rows:
+            yield from _unread(index, shelf, [row])
+
+
+def fill(
+    manifest: Manifest, path: Path, shelf: Shelf, request: wire.Fill, progress: Progress
+) -> Filled:
+    """Make the page images that *request* is for, out of *shelf*, which is closed then.
+
+    Raises as `index_of` and `filling.fill`.
+    """
+    with shelf:
+        near = [Path(one) for one in request.near]
+        index = index_of(manifest, path)
+        return filling.fill(index, shelf, Path(request.to), near=near, on_progress=progress)
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Some of *names*, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

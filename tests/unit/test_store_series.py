@@ -1,0 +1,427 @@
+"""Snapshots that share RAM: shipped once, removed in any order, repacked, cut off anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmpsnap.errors import DamagedData, HalfMissing, PacksMissing, StoreError
+from qmpsnap.store import chunking, files, half, moved, rampack, repack, shared, sweeping, wire
+from qmpsnap.store.files import digest_file
+from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
+from qmpsnap.store.ramindex import Index
+from qmpsnap.store.remote import Store
+from tests.rig.halves import names, spooled
+from tests.rig.ram import PAGE, page, write_image
+
+IDS = [f"2026112{day}T165057123Z" for day in range(1, 6)]
+SIZE = 64 * PAGE
+CHUNK = 4 * PAGE
+
+
+def quiet(_done: int, _total: int, _what: str) -> None:
+    """Progress that nobody is told of."""
+
+
+class Series:
+    """A VM's snapshots on a store, made one after the other; each RAM is kept to be compared."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.local = path, LocalRoot(path / "local")
+        self.store = StoreRoot(path / "store")
+        self.store.path.mkdir()
+        self.known: dict[str, Index] = {}
+
+    def spool(self, id: str, pages: dict[int, bytes], *known: str) -> Manifest:
+        """A sealed spool, whose packs lie in the folder that snapshots share."""
+        spool = spooled(self.local, id=id)
+        self.local.shared("web").mkdir(exist_ok=True)
+        kept = chunking.keep(
+            [write_image(self.path / id / "pc.ram", pages, SIZE)],
+            self.local.shared("web"),
+            [self.known[one] for one in known],
+            stored_pages=[len(pages)],
+            chunk_bytes=CHUNK,
+        )
+        self.known[id] = kept.known
+        (spool / "vmstate/ram.index").write_bytes(kept.index)
+        size, digest = digest_file(spool / "vmstate/ram.index")
+        entry = FileEntry(name="vmstate/ram.index", bytes=size, blake3=digest)
+        path = spool / "manifest.json"
+        sealed = decode(path.read_bytes(), Manifest, path)
+        ram = msgspec.structs.replace(sealed.ram, index=entry.name, images=list(kept.images))
+        made = msgspec.structs.replace(
+            sealed, version=2, files=[*sealed.files, entry], ram=ram, packs=list(kept.packs)
+        )
+        path.write_bytes(encode(made))
+        return made
+
+    def ship(self, id: str) -> wire.Shipped:
+        """As the engine: shipped, the spool removed, and the copies that went with it."""
+        spool = self.local.spool("web", id)
+        request = wire.Ship(
+            root=str(self.store.path), vm="web", id=id, spool=str(spool), device=None,
+            shared=str(self.local.shared("web")),
+        )  # fmt: skip
+        shipped = half.ship(self.store, request, quiet)
+        for path in sorted(spool.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        spool.rmdir()
+        shared.sweep_local(self.local, "web")
+        return shipped
+
+    def remove(self, id: str) -> None:
+        waiting = shared.awaited(self.local, "web")
+        assert waiting is not None
+        request = wire.Remove(root=str(self.store.path), vm="web", id=id, waiting=sorted(waiting))
+        half.remove(self.store, request, quiet)
+
+    def verify(self, id: str) -> list[wire.Problem]:
+        request = wire.Verify(root=str(self.store.path), vm="web", id=id, seal=None)
+        return half.verify(self.store, request, quiet)
+
+    def whole(self, *ids: str) -> None:
+        """Each is as it was taken, to the last byte, by all that looks at it."""
+        for id in ids:
+            assert self.verify(id) == []
+            glance = wire.Glance(root=str(self.store.path), vm="web", id=id, seal=None, texts=[])
+            assert half.glance(self.store, glance, quiet).troubles == {}
+            to = self.path / "back" / id
+            to.mkdir(parents=True, exist_ok=True)
+            fill = wire.Fill(
+                root=str(self.store.path), vm="web", id=id, seal=None, to=str(to), near=[]
+            )
+            half.fill(self.store, fill, quiet)
+            assert (to / "0.pages").read_bytes() == (self.path / id / "pc.ram").read_bytes()
+
+
+@pytest.fixture
+def series(tmp_path):
+    return Series(tmp_path)
+
+
+def changing(step: int) -> dict[int, bytes]:
+    """RAM of which much changes from snapshot to snapshot, some never, some comes again."""
+    return {at: page((at, min(step, at // 16), at // 4 % 5 == step)) for at in range(64)}
+
+
+def taken(series: Series, count: int = 5) -> None:
+    for step, id in enumerate(IDS[:count]):
+        series.spool(id, changing(step), *IDS[max(0, step - 1) : step])
+        series.ship(id)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[::13])
+def test_removed_in_any_order_all_others_stay(series, order):
+    taken(series)
+    left = set(IDS)
+    series.whole(*left)
+    for number in order:
+        series.remove(IDS[number])
+        left.remove(IDS[number])
+        series.whole(*left)
+    assert names(series.store.vm("web")) == []
+
+
+def test_what_is_there_is_not_sent_again(series):
+    made = series.spool(IDS[0], changing(0))
+    first = series.ship(IDS[0])
+    packs = {pack.blake3 for pack in made.packs}
+    assert first.bytes > sum(pack.bytes for pack in made.packs)
+    assert names(series.local.shared("web")) == []
+    before = {path.name: path.stat() for path in series.store.shared("web").iterdir()}
+    again = series.spool(IDS[1], changing(0), IDS[0])
+    assert {pack.blake3 for pack in again.packs} == packs
+    second = series.ship(IDS[1])
+    assert second.bytes < first.bytes - sum(pack.bytes for pack in made.packs) + 1000
+    assert {path.name: path.stat() for path in series.store.shared("web").iterdir()} == before
+
+
+def test_spools_are_shipped_in_any_order(series):
+    series.spool(IDS[0], changing(0))
+    series.spool(IDS[1], changing(1), IDS[0])
+    series.ship(IDS[1])
+    assert names(series.local.shared("web")) != []
+    series.ship(IDS[0])
+    assert names(series.local.shared("web")) == []
+    series.whole(*IDS[:2])
+
+
+def test_what_a_spool_waits_for_stays(series):
+    """The first is shipped; the second waits for what it brought, while the first is removed."""
+    made = series.spool(IDS[0], changing(0))
+    series.ship(IDS[0])
+    # little of it: were it not for the spool, the pack would be moved
+    series.spool(IDS[1], {at: page((at, 0, False)) for at in range(8, 16)}, IDS[0])
+    series.remove(IDS[0])
+    assert names(series.store.shared("web")) == [pack.blake3 for pack in made.packs]
+    series.ship(IDS[1])
+    series.whole(IDS[1])
+
+
+def test_a_pack_that_is_lost_is_named(series):
+    made = series.spool(IDS[0], changing(0))
+    series.ship(IDS[0])
+    series.spool(IDS[1], changing(1), IDS[0])
+    (pack,) = made.packs
+    (series.store.shared("web") / pack.blake3).unlink()
+    with pytest.raises(PacksMissing, match=pack.blake3) as failed:
+        series.ship(IDS[1])
+    sent = wire.error(wire.trouble(failed.value))
+    assert isinstance(sent, PacksMissing)
+    assert sent.packs == (pack.blake3,)
+    assert names(series.store.shared("web")) == []
+    # it is made again from the images, without what was lost
+    lost = series.known[IDS[0]].without([pack.blake3])
+    chunking.keep(
+        [(*write_image(series.path / "x/pc.ram", changing(0), SIZE),)],
+        series.local.shared("web"), [lost], stored_pages=[64], chunk_bytes=CHUNK,
+    )  # fmt: skip
+    series.ship(IDS[1])
+    series.whole(*IDS[:2])
+
+
+def test_damage_is_named_by_all_who_need_it(series):
+    taken(series, 2)
+    first, second = (series.known[id] for id in IDS[:2])
+    row = next(row for row in range(len(first)) if second.find(first.digest(row)) is not None)
+    own = next(row for row in range(len(first)) if second.find(first.digest(row)) is None)
+    for at, hurt in ((row, 2), (own, 1)):
+        path = series.store.shared("web") / first.pack(at).blake3
+        content = path.read_bytes()
+        spoilt = bytearray(content)
+        spoilt[first.offsets[at] + first.lengths[at] // 2] ^= 1
+        path.write_bytes(spoilt)
+        where = f"pc.ram at {first.span(0, at)[0]:#x}"
+        told = [one.what for id in IDS[:2] for one in series.verify(id)]
+        assert len(told) == 2  # the pack is damaged for both
+        assert sum(where in one for one in told) == hurt
+        path.write_bytes(content)
+    (series.store.shared("web") / first.pack(0).blake3).rename(series.path / "lost")
+    assert all("is missing" in one.what for id in IDS[:2] for one in series.verify(id))
+    glance = wire.Glance(root=str(series.store.path), vm="web", id=IDS[1], seal=None, texts=[])
+    assert list(half.glance(series.store, glance, quiet).troubles) == [
+        f"shared/{first.pack(0).blake3}"
+    ]
+
+
+def sparse(series: Series) -> tuple[str, ...]:
+    """Three snapshots; once the first goes, little of its pack is needed."""
+    series.spool(IDS[0], {at: page(at) for at in range(64)})
+    series.ship(IDS[0])
+    for step, id in enumerate(IDS[1:3]):
+        own = {at: page((at, step)) for at in range(32, 48)}
+        series.spool(id, {at: page(at) for at in range(8)} | own, IDS[0])
+        series.ship(id)
+    return tuple(IDS[1:3])
+
+
+def test_what_is_still_needed_is_moved(series):
+    left = sparse(series)
+    folder = series.store.shared("web")
+    old = series.known[IDS[0]].pack(0).blake3
+    before = sum(path.stat().st_size for path in folder.iterdir())
+    series.remove(IDS[0])
+    assert not (folder / old).exists()
+    assert moved.note(folder / old).exists()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < before / 2
+    series.whole(*left)
+    # what stands on it is shipped as before, and what needs more of it is not
+    series.spool(IDS[3], {at: page(at) for at in range(4)}, IDS[1])
+    series.ship(IDS[3])
+    series.whole(*left, IDS[3])
+    series.spool(IDS[4], {at: page(at) for at in range(64)}, IDS[0])
+    with pytest.raises(PacksMissing):
+        series.ship(IDS[4])
+    half.remove(series.store, wire.Remove(root=str(series.store.path), vm="web", id=IDS[4]), quiet)
+    shutil.rmtree(series.local.spool("web", IDS[4]))  # it waited for what is there
+    for id in (*left, IDS[3]):
+        series.remove(id)
+    assert names(series.store.vm("web")) == []
+
+
+def test_one_that_came_back_counts_again(series):
+    """A spool had a copy of the old pack, and needs more of it than was moved."""
+    left = sparse(series)
+    folder = series.store.shared("web")
+    old = series.known[IDS[0]].pack(0).blake3
+    content = (folder / old).read_bytes()
+    series.remove(IDS[0])
+    series.spool(IDS[4], {at: page(at) for at in range(64)}, IDS[0])
+    (series.local.shared("web") / old).write_bytes(content)
+    series.ship(IDS[4])
+    series.whole(*left, IDS[4])
+    sweeping.sweep(series.store, "web")
+    assert (folder / old).exists()
+    assert not moved.note(folder / old).exists()
+    sweeping.sweep(series.store, "web")
+    series.whole(*left, IDS[4])
+    series.remove(IDS[4])
+    series.whole(*left)
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+def test_cut_off_at_every_step(tmp_path, monkeypatch):
+    """Each change of the file system in turn is the last one."""
+    steps = ["rename", "replace", "link", "unlink", "rmdir", "write", "fsync"]
+    for at in itertools.count(1):
+        series = Series(tmp_path / str(at)) if not (tmp_path / str(at)).mkdir() else None
+        assert series is not None
+        left = sparse(series)
+        done = 0
+
+        def counted(real):
+            def call(*args, **kwargs):
+                nonlocal done
+                done += 1
+                if done >= at:  # noqa: B023 - within the same turn
+                    raise Cut
+                return real(*args, **kwargs)
+
+            return call
+
+        half.remove(  # what is cut off is the sweep
+            series.store,
+            wire.Remove(root=str(series.store.path), vm="web", id=IDS[0], sweep=False),
+            quiet,
+        )
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                sweeping.sweep(series.store, "web")
+            except Cut:
+                cut = True
+            else:
+                cut = False
+        series.whole(*left)
+        sweeping.sweep(series.store, "web")
+        series.whole(*left)
+        rest = names(series.store.shared("web"))
+        assert len([one for one in rest if "." not in one]) == 3
+        assert len(rest) == 4
+        if not cut:
+            break
+    assert at > 10
+
+
+def test_a_damaged_pack_is_not_moved(series):
+    left = sparse(series)
+    known = series.known[IDS[0]]
+    path = series.store.shared("web") / known.pack(0).blake3
+    content = bytearray(path.read_bytes())
+    content[known.offsets[0] + 50] ^= 1
+    path.write_bytes(content)
+    series.remove(IDS[0])
+    assert path.read_bytes() == content
+    assert all("pc.ram at 0x0" in one.what for id in left for one in series.verify(id))
+
+
+def test_nothing_is_moved_where_an_index_cannot_be_read(series):
+    sparse(series)
+    (series.store.snapshot("web", IDS[2]) / "vmstate/ram.index").write_bytes(b"?")
+    before = names(series.store.shared("web"))
+    series.remove(IDS[0])
+    assert names(series.store.shared("web")) == before
+
+
+def test_one_that_is_shipped_meanwhile_keeps_the_old_pack(series, monkeypatch):
+    left = sparse(series)
+    close = rampack.Writer.close
+
+    def meanwhile(writer, on_progress=None):
+        pack = close(writer, on_progress)
+        series.spool(IDS[4], {at: page(at) for at in range(64)}, IDS[0])
+        monkeypatch.undo()
+        series.ship(IDS[4])
+        return pack
+
+    half.remove(
+        series.store,
+        wire.Remove(root=str(series.store.path), vm="web", id=IDS[0], sweep=False),
+        quiet,
+    )
+    monkeypatch.setattr(repack.Writer, "close", meanwhile)
+    sweeping.sweep(series.store, "web")
+    series.whole(*left, IDS[4])
+    sweeping.sweep(series.store, "web")
+    series.whole(*left, IDS[4])
+
+
+def test_a_note_that_leads_nowhere_is_damage(series):
+    left = sparse(series)
+    series.remove(IDS[0])
+    folder = series.store.shared("web")
+    note = moved.note(folder / series.known[IDS[0]].pack(0).blake3)
+    content = note.read_text()
+    note.write_text("{")
+    assert series.verify(left[0]) != []
+    before = names(folder)
+    sweeping.sweep(series.store, "web")
+    assert names(folder) == before
+    note.write_text(content)
+    series.whole(*left)
+    with pytest.raises((StoreError, DamagedData)):
+        files.publish(note, b"another")
+
+
+async def test_through_the_worker(series, tmp_path):
+    """A half in the spool, of which a part is on the store; then shipped."""
+    store = Store(series.store, within=20)
+    series.spool(IDS[0], changing(0))
+    series.ship(IDS[0])
+    made = series.spool(IDS[1], changing(1), IDS[0])
+    spool, local = series.local.spool("web", IDS[1]), series.local.shared("web")
+    assert await store.packs("web", IDS[1], spool, local, whole=True) == []
+    heard: list[int] = []
+    for number, where in enumerate([{"spool": spool, "shared": local}, {}]):
+        to = tmp_path / f"to{number}"
+        to.mkdir()
+        filled = await store.fill(
+            "web", IDS[1], to, near=[tmp_path], **where,
+            on_progress=lambda done, total, what: heard.append(done),
+        )  # fmt: skip
+        assert filled.pack_bytes == SIZE
+        assert heard[-1] == SIZE
+        assert (to / "0.pages").read_bytes() == (series.path / IDS[1] / "pc.ram").read_bytes()
+        if not number:
+            await store.ship(spool, "web", IDS[1], shared=local)
+    assert await store.verify("web", IDS[1]) == []
+    shutil.rmtree(spool)
+    lost = next(pack for pack in made.packs if not pack.fresh)
+    waiting = [pack.blake3 for pack in made.packs]
+    await store.remove("web", IDS[0], waiting=waiting)
+    (series.store.shared("web") / lost.blake3).unlink()
+    (problem,) = await store.verify("web", IDS[1])
+    assert problem.file == lost.entry.name
+    with pytest.raises(HalfMissing, match=lost.blake3):
+        await store.fill("web", IDS[1], to)
+    await store.remove("web", IDS[1])
+    assert names(series.store.vm("web")) == []
+
+
+def test_by_hand(series):
+    """What docs/recovery.md says, also of a pack that was moved."""
+    left = sparse(series)
+    series.remove(IDS[0])
+    text = (Path(__file__).parents[2] / "docs/recovery.md").read_text()
+    (script,) = re.findall(r"^python3 - \"\$STATE/vmstate/ram.index\".*?\nEND$", text, re.M | re.S)
+    state = series.store.snapshot("web", left[0])
+    there = {"STATE": str(state), "SHARED": str(series.store.shared("web"))}
+    environment = {**os.environ, **there, "TO": str(series.path)}
+    said = subprocess.run(
+        ["sh", "-eu", "-c", script], env=environment, check=True, capture_output=True, text=True
+    )
+    assert said.stdout == f"pc.ram {SIZE} {series.path}/0.pages\n"
+    assert (series.path / "0.pages").read_bytes() == (series.path / left[0] / "pc.ram").read_bytes()
