@@ -185,8 +185,11 @@ def _opened(path: Path, size: int) -> int:
 
 
 def _is_hole(fd: int, pages: Numbers) -> bool:
+    start, end = int(pages[0]) * PAGE, (int(pages[-1]) + 1) * PAGE
+    if os.fstat(fd).st_size < end:  # what was cut off is no hole
+        raise OSError(errno.EIO, "it was cut short")
     try:
-        return os.lseek(fd, int(pages[0]) * PAGE, os.SEEK_DATA) > int(pages[-1]) * PAGE
+        return os.lseek(fd, start, os.SEEK_DATA) >= end
     except OSError as none:
         if none.errno != errno.ENXIO:  # no data any more
             raise
