@@ -19,7 +19,7 @@ from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.vmstate import migration
 from qmpsnap.hypervisor.vmstate.postcopy import huge, postcopy, resume, trouble
 from qmpsnap.hypervisor.vmstate.split import Split, split
-from tests.rig.qemu import Running, running
+from tests.rig.qemu import Running, binary, running
 from tests.rig.wire import Witness, witness
 
 _MEMORY = 64  # MiB
@@ -182,6 +182,46 @@ async def test_a_guest_that_lost_its_source_waits_and_takes_a_new_one(
         eye.ask("stop")
         _same(eye, parts, tmp_path, ran=True)
         assert "postcopy" in process.log.read_text()  # that it paused
+
+
+async def test_another_session_takes_over_from_one_that_was_cut(
+    short: Path, tmp_path: Path
+) -> None:
+    """As when the engine is killed: its ends of the wire and of the monitor close."""
+    qemu = binary("11.1")
+    parts = await _taken(qemu, tmp_path)
+    source, loaded = _source(parts, waits=True), asyncio.Event()
+
+    async def run() -> None:
+        loaded.set()
+
+    async with running(qemu, *_LINE, *_WAITS) as process:
+        with witness(process.witness) as eye:
+            async with connect(process.qmp) as monitor:
+                going = postcopy(monitor, parts.stream, source, on_running=run)
+                task = asyncio.ensure_future(going)
+                await loaded.wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            eye.until(lambda: eye.ask("query-migrate")["status"] == "postcopy-paused", within=20)
+            source.waits = False
+            async with connect(process.qmp) as monitor:
+                await resume(monitor, parts.stream, source, meeting=short / "again")
+            assert eye.status == "paused"
+            _same(eye, parts, tmp_path, ran=False)
+
+
+async def test_a_qemu_that_ends_is_not_one_that_waits(qemu: Path, tmp_path: Path) -> None:
+    parts = await _taken(qemu, tmp_path)
+    async with _waiting(qemu) as (process, monitor, _):
+
+        async def run() -> None:
+            process.kill()
+            await asyncio.Event().wait()
+
+        with pytest.raises(MonitorLost):
+            await postcopy(monitor, parts.stream, _source(parts, waits=True), on_running=run)
 
 
 async def test_what_cannot_be_is_refused_before_anything_is_loaded(
