@@ -64,7 +64,9 @@ class Feed:
         self._tell = on_progress
         self._turn = asyncio.Lock()
         self._sent = {block: Marks(size // PAGE) for block, size in large.items()}
-        self._done, self._all = 0, sum(large.values())
+        self.done = 0
+        """Bytes that QEMU has, or will have."""
+        self._all = sum(large.values())
         self._last = time.monotonic()
         self._images: dict[str, int] = {}
         try:
@@ -89,7 +91,7 @@ class Feed:
         bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
         found = np.flatnonzero(bits[: self._large[block] // PAGE])
         self._sent[block].add(found)
-        self._done += len(found) * PAGE
+        self.done += len(found) * PAGE
 
     async def answer(self, block: str, start: int, length: int) -> None:
         """Send what QEMU asked for, at once, and then what lies around it.
@@ -168,9 +170,9 @@ class Feed:
 
     async def _written(self, made: bytes, count: int) -> None:
         await self.write(made)
-        self._done += count * PAGE
+        self.done += count * PAGE
         if self._tell is not None:
-            self._tell(self._done, self._all)
+            self._tell(self.done, self._all)
 
 
 def _opened(path: Path, size: int) -> int:
