@@ -41,7 +41,11 @@ class Pages(Protocol):
     def images(self) -> Mapping[str, Path]: ...
 
     async def ready(self, block: str, start: int, length: int) -> None:
-        """Return once these bytes of *block* are in its image; what is asked first is first."""
+        """Return once these bytes of *block* are in its image; what is asked first is first.
+
+        It waits for what may come back, such as a store: an error ends the source, and leaves a
+        guest that lacks pages.
+        """
 
 
 class Feed:
