@@ -17,7 +17,7 @@ from qmpsnap.store import direct
 from qmpsnap.store.files import Progress, partial, told
 from qmpsnap.store.sink import Cancelled, Sink, Terms, expect_room
 
-__all__ = ["Cancelled", "Copied", "copy"]
+__all__ = ["Cancelled", "Copied", "copy", "data_runs", "extents"]
 
 Extent = tuple[int, int]
 """Offset and length in bytes."""
@@ -101,16 +101,16 @@ class _Copy:
         """Copy all there is; the bytes written."""
         with told(self._src, LocalFailed):
             self._size = os.lseek(self._reading, 0, os.SEEK_END)
-            extents = list(_extents(self._reading, self._size))
-        total = sum(length for _, length in extents)
+            found = list(extents(self._reading, self._size))
+        total = sum(length for _, length in found)
         if self._regular:  # how much of a block device is zeros is not known before it is read
             expect_room(self._dst, total, terms.reserve)
         os.ftruncate(self._writing, self._size)
         what = f"copying {self._src.name}"
         with Sink(self._writing, self._dst, terms, total=total, what=what) as sink:
             sink.look(0)
-            if not (self._regular and self._past_the_cache(sink, extents)):
-                self._through_the_cache(sink, extents)
+            if not (self._regular and self._past_the_cache(sink, found)):
+                self._through_the_cache(sink, found)
         return sink.written
 
     def _past_the_cache(self, sink: Sink, extents: list[Extent]) -> bool:
@@ -161,7 +161,7 @@ class _Copy:
         return LocalFailed(f"{self._src}: ends at {end} bytes now: somebody writes to it")
 
 
-def _extents(descriptor: int, size: int) -> Iterator[Extent]:
+def extents(descriptor: int, size: int) -> Iterator[Extent]:
     """Where *descriptor* is not a hole; all of it where that cannot be told. Raises OSError."""
     at = 0
     while at < size:

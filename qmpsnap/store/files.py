@@ -242,7 +242,7 @@ def copy_verified(
                 break
         if (done, hasher.hexdigest()) != (entry.bytes, entry.blake3):
             raise DigestMismatch(f"{src}: the content is not what the manifest says (BLAKE3)")
-        _read_back(writing, dst, entry, on_progress, target)
+        read_back(writing, dst, entry, on_progress, target)
 
 
 def copy_to_fd(
@@ -279,9 +279,10 @@ def _read_as(path: Path, side: Side, descriptor: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _read_back(
+def read_back(
     descriptor: int, path: Path, entry: FileEntry, on_progress: Progress | None, side: Side
 ) -> None:
+    """Raises *side* unless the server, not our cache, gives back what *entry* says. OSError."""
     os.fsync(descriptor)
     # What is in our cache proves nothing about the server: drop it, and read again
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -295,7 +296,7 @@ def _read_back(
         raise side(f"{path}: reads back other than it was written")
 
 
-def write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
     """Write all of *content*, however little is taken at a time. Raises OSError."""
     view = memoryview(content)
     while view:

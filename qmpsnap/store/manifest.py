@@ -18,6 +18,8 @@ Size = Annotated[int, Meta(ge=0)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Level = Literal["overlay", "full", "inc", "diff"]
 Version = Annotated[int, Meta(ge=1, le=1)]
+RAM_STORED_ONCE = 2
+"""The version of a manifest whose RAM lies in packs; without, it is 1, which older readers know."""
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -47,6 +49,22 @@ class Shared(Struct, frozen=True, kw_only=True):
     bytes: Size
     blake3: Digest
     as_started: bool = True
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(name=f"{SHARED}/{self.blake3}", bytes=self.bytes, blake3=self.blake3)
+
+
+class Pack(Struct, frozen=True, kw_only=True):
+    """A file of RAM chunks that snapshots share; or one that was moved (`shared/BLAKE3.moved`).
+
+    *used_bytes* of it are what the snapshot needs, as stored. *fresh*: the snapshot brought it.
+    """
+
+    blake3: Digest
+    bytes: Size
+    used_bytes: Size = 0
+    fresh: bool = False
 
     @property
     def entry(self) -> FileEntry:
@@ -207,8 +225,23 @@ class Binding(Struct, frozen=True, kw_only=True):
     disks: list[str]
 
 
+class RamImage(Struct, frozen=True, kw_only=True):
+    """The pages of a RAM block, which are not in the stream; of 4096 bytes, without the zero ones.
+
+    *block* is its name in the stream, *bytes* its size in the guest.
+    """
+
+    block: str
+    bytes: Size
+    stored_pages: Size
+
+
 class Ram(Struct, frozen=True, kw_only=True):
-    """How the vmstate was taken, what had been asked for, and why it came to be this *mode*."""
+    """How the vmstate was taken, what had been asked for, and why it came to be this *mode*.
+
+    *index*: the file that tells where the chunks of the *images* are, in packs; *file* is then the
+    stream without the pages of these blocks.
+    """
 
     mode: Literal["background", "live", "paused", "none"]
     asked: str
@@ -217,16 +250,19 @@ class Ram(Struct, frozen=True, kw_only=True):
     file: str | None
     raw_blake3: Digest | None
     compression: Literal["zstd", "none"]
+    index: str | None = None
+    images: list[RamImage] = []
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
     """`manifest.json`: seals the store half, and names the local half by its digest.
 
-    *files* lie beside it, *shared* in the VM's folder, where other snapshots may need them too.
+    *files* lie beside it, *shared* and *packs* in the VM's folder, where other snapshots may need
+    them too. *packs* are all that the index of the RAM names, whoever brought them.
     """
 
     format: Literal["qmpsnap-manifest"] = "qmpsnap-manifest"
-    version: Version = 1
+    version: Annotated[int, Meta(ge=1, le=RAM_STORED_ONCE)] = 1
     id: str
     vm: str
     host: str
@@ -244,6 +280,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     note: str
     trial_store: bool
     shared: list[Shared] = []
+    packs: list[Pack] = []
 
     def __post_init__(self) -> None:
         _check_names(self.vm, self.id)
@@ -255,12 +292,21 @@ class Manifest(Struct, frozen=True, kw_only=True):
             raise ValueError("a file is listed twice")
         if self.ram.file is not None and self.ram.file not in names:
             raise ValueError(f"the vmstate is not among the files: {self.ram.file!r}")
+        if self.ram.index is not None and self.ram.index not in names:
+            raise ValueError(f"the RAM's index is not among the files: {self.ram.index!r}")
+        if self.ram.index is None and (self.packs or self.ram.images):
+            raise ValueError("RAM is kept in packs, and no index tells where")
+        if self.ram.index is not None and self.version < RAM_STORED_ONCE:
+            # who knows version 1 only would take the stream for all of the state
+            raise ValueError(f"RAM is kept in packs: that is version {RAM_STORED_ONCE}")
+        if len({pack.blake3 for pack in self.packs}) != len(self.packs):
+            raise ValueError("a pack is listed twice")
 
     @property
     def listed(self) -> list[FileEntry]:
         """All that the store half consists of, the shared files too, each once."""
-        shared = {one.blake3: one.entry for one in self.shared}
-        return [*self.files, *shared.values()]
+        entries = [*(one.entry for one in self.shared), *(one.entry for one in self.packs)]
+        return [*self.files, *{one.blake3: one for one in entries}.values()]
 
     def entry(self, name: str) -> FileEntry | None:
         """What is listed under *name*."""
@@ -285,7 +331,7 @@ class Paired(Struct, frozen=True, kw_only=True):
 KINDS: Mapping[str, tuple[type[Struct], int]] = {
     "qmpsnap-storage": (Storage, 1),
     "qmpsnap-identity": (Identity, 1),
-    "qmpsnap-manifest": (Manifest, 1),
+    "qmpsnap-manifest": (Manifest, RAM_STORED_ONCE),
     "qmpsnap-paired": (Paired, 1),
     "qmpsnap-merged": (Merged, 1),
     "qmpsnap-digests": (Digests, 1),

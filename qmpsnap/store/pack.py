@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from io import FileIO
 from pathlib import Path
 
@@ -15,6 +16,18 @@ from qmpsnap.store.files import CHUNK, Progress, Side, opened, partial, told, wr
 
 _WINDOW_LIMIT = 128 << 20
 _HEADER_MAX = 18  # bytes, RFC 8878 section 3.1.1
+Content = bytes | bytearray | memoryview
+
+
+class _Mine(threading.local):
+    """zstd's contexts, which no two threads may use at once."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=1)
+        self.unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT)
+
+
+_mine = _Mine()
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,18 +120,44 @@ def unpack_to_fd(
     return done
 
 
+def frame_of(content: Content) -> bytes:
+    """*content* as one zstd frame, which tells its size. Any number of threads at once."""
+    return _mine.compressor.compress(content)
+
+
+def size_of(frame: Content) -> int:
+    """The bytes that *frame* says it unpacks to. Raises DigestMismatch when it does not say."""
+    try:
+        size = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError as failed:
+        raise DigestMismatch("is not compressed with zstd") from failed
+    if size < 0:
+        raise DigestMismatch("does not say what size it unpacks to")
+    return size
+
+
+def content_of(frame: Content, size: int) -> bytes:
+    """What *frame* was, of *size* bytes. Raises DigestMismatch when it is not such a frame."""
+    if size_of(frame) != size:
+        raise DigestMismatch(f"does not unpack to {size} bytes")
+    try:
+        content = _mine.unpacker.decompress(frame, max_output_size=size)
+    except zstandard.ZstdError as failed:
+        raise DigestMismatch(f"cannot be unpacked: {failed}") from failed
+    if len(content) != size:
+        raise DigestMismatch(f"unpacks to {len(content)} bytes, not {size}")
+    return content
+
+
 def _promised(file: FileIO, path: Path, side: Side) -> int:
     """The size that the frame's header gives; what we pack always has one."""
     with told(path, side):
         head = file.read(_HEADER_MAX)
         file.seek(0)
     try:
-        size = zstandard.frame_content_size(head)
-    except zstandard.ZstdError as failed:
-        raise DigestMismatch(f"{path}: is not compressed with zstd") from failed
-    if size < 0:
-        raise DigestMismatch(f"{path}: does not say what size it unpacks to")
-    return size
+        return size_of(head)
+    except DigestMismatch as odd:
+        raise DigestMismatch(f"{path}: {odd}") from odd
 
 
 def _next(stream: zstandard.ZstdDecompressionReader, path: Path, side: Side) -> bytes:

@@ -1,29 +1,24 @@
-"""The store as the engine sees it: the only place that starts the store's worker and leaves it."""
+"""The store as the engine sees it: a verb each, and none of them touches the store from here."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from qmpsnap.errors import StoreError, StoreStalled
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
 from qmpsnap.store.layout import Id, StoreRoot
+from qmpsnap.store.talk import Talk
 
 T = TypeVar("T")
 # -P: whatever lies in the current folder is not imported
 _WORKER = (sys.executable, "-P", "-m", "qmpsnap.store.worker")
-_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-_LEAVE_WITHIN = 1.0
 
 
 class Store:
@@ -40,6 +35,7 @@ class Store:
         self, root: StoreRoot, within: float = 30.0, *, command: Sequence[str] = _WORKER
     ) -> None:
         self.root, self.within, self._command = root, within, tuple(command)
+        self._talk: Talk | None = None
 
     async def examine(self) -> Filesystem:
         """The store root's facts; it takes a file. Raises StoreRefused when it is no folder."""
@@ -173,6 +169,20 @@ class Store:
                 self.root.snapshot(vm, id)
         return str(self.root.path)
 
+    @asynccontextmanager
+    async def lasting(self) -> AsyncIterator[Store]:
+        """A store whose verbs share one process in the block, one after the other.
+
+        The start of a process costs more than most verbs. After the block each has its own again.
+        """
+        store = Store(self.root, self.within, command=self._command)
+        store._talk = Talk(self._command, str(self.root.path), self.within)
+        try:
+            yield store
+        finally:
+            talk, store._talk = store._talk, None
+            await talk.end()
+
     async def _ask(
         self,
         request: wire.AnyRequest,
@@ -181,82 +191,14 @@ class Store:
         *,
         pass_fds: tuple[int, ...] = (),
     ) -> T:
-        loop = asyncio.get_running_loop()
-        transport, talk = await loop.subprocess_exec(
-            _Talk, *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, pass_fds=pass_fds, env=_environment(),
-        )  # fmt: skip
+        if self._talk is not None and not pass_fds:
+            return msgspec.json.decode(await self._talk.ask(request, on_progress), type=kind)
+        talk = Talk(self._command, str(self.root.path), self.within, pass_fds=pass_fds)
         try:
-            transport.get_pipe_transport(0).write(msgspec.json.encode(request) + b"\n")  # type: ignore[union-attr]
-            answer = await self._answer(talk, on_progress)
-        except BaseException:
-            # A process in D state takes the signal only when the mount lets go of it
-            with suppress(ProcessLookupError):
-                transport.kill()
-            raise
+            return msgspec.json.decode(await talk.ask(request, on_progress), type=kind)
         finally:
-            await _leave(transport, talk)
-        return msgspec.json.decode(answer, type=kind)
-
-    async def _answer(self, talk: _Talk, on_progress: Progress | None) -> msgspec.Raw:
-        while True:
-            try:
-                async with asyncio.timeout(self.within):
-                    text = await talk.lines.get()
-            except TimeoutError:
-                raise StoreStalled(
-                    f"the store {self.root.path} made no progress for {self.within:g} s"
-                ) from None
-            if text is None:
-                said = talk.complaint.decode(errors="replace").strip().splitlines()[-1:]
-                raise StoreError(f"the store's worker ended without an answer: {''.join(said)}")
-            line = msgspec.json.decode(text, type=wire.Line)
-            if line.error is not None:
-                raise wire.error(line.error)
-            if bytes(line.result):
-                return line.result
-            if line.progress is not None and on_progress is not None:
-                on_progress(line.progress.done, line.progress.total, line.progress.what)
-
-
-class _Talk(asyncio.SubprocessProtocol):
-    """The worker's lines, in order; None once there will be no more."""
-
-    def __init__(self) -> None:
-        self.lines: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.complaint = b""
-        self.gone = asyncio.Event()
-        self._rest = b""
-
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        if fd != 1:
-            self.complaint = (self.complaint + data)[-4096:]
-            return
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self.lines.put_nowait(line)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lines.put_nowait(None)
-
-    def process_exited(self) -> None:
-        self.gone.set()
-
-
-async def _leave(transport: asyncio.SubprocessTransport, talk: _Talk) -> None:
-    """Wait a moment for the worker's end, and no longer: a hung mount may hold it for ever."""
-    try:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LEAVE_WITHIN):
-                await talk.gone.wait()
-    finally:
-        transport.close()
+            await talk.end()
 
 
 def _spelled(path: Path) -> str:
     return str(path.absolute())
-
-
-def _environment() -> dict[str, str]:
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": ":".join(filter(None, [_PACKAGE_FOLDER, path]))}

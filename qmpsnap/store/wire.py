@@ -163,6 +163,14 @@ class Glanced(Struct, frozen=True, kw_only=True):
     troubles: dict[str, Trouble]
 
 
+class Told(Exception):
+    """The worker's answer is an *error*: it has done what it could, and is ready for more."""
+
+    def __init__(self, error: SnapError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 _KINDS = {
     kind("").code: kind
     for kind in (

@@ -1,12 +1,13 @@
 """The process that touches the store, so that a mount that hangs can be left behind with it.
 
-It reads one request from stdin and answers in lines on stdout (see `wire`); when its stdin ends,
-so does it, as then nobody waits for the answer.
+It reads requests from stdin and answers each in lines on stdout (see `wire`); when its stdin ends,
+so does it, as then nobody waits for an answer.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
@@ -26,17 +27,21 @@ _PROBE = ".qmpsnap-probe"
 
 
 def main() -> int:
-    """Answer the one request on stdin; 0 also for an error that was told."""
-    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=wire.AnyRequest)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    try:
-        with told(Path(request.root), StoreError):
-            answer = answer_to(request)
-        line = wire.Line(result=msgspec.Raw(msgspec.json.encode(answer)))
-    except SnapError as failed:
-        line = wire.Line(error=wire.trouble(failed))
-    _say(line)
-    return 0
+    """Answer the requests on stdin, one after the other, until it ends."""
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=_read, args=(requests, busy), daemon=True).start()
+    while True:
+        busy.clear()
+        request = msgspec.json.decode(requests.get(), type=wire.AnyRequest)
+        busy.set()
+        try:
+            with told(Path(request.root), StoreError):
+                answer = answer_to(request)
+            line = wire.Line(result=msgspec.Raw(msgspec.json.encode(answer)))
+        except SnapError as failed:
+            line = wire.Line(error=wire.trouble(failed))
+        _say(line)
 
 
 def answer_to(request: wire.AnyRequest) -> Any:
@@ -113,10 +118,10 @@ def _say(line: wire.Line) -> None:
     sys.stdout.buffer.flush()
 
 
-def _leave_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
+def _read(requests: queue.SimpleQueue[bytes], busy: threading.Event) -> None:
+    while request := sys.stdin.buffer.readline():
+        requests.put(request)
+    os._exit(1 if busy.is_set() else 0)  # whoever asked has gone, from the midst of a verb too
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from qmpsnap.engine import configuration, tpm, usage
 from qmpsnap.errors import ManifestError
-from qmpsnap.store import shared
+from qmpsnap.store import moved, shared
 from qmpsnap.store.manifest import (
     KINDS,
     Digests,
@@ -16,7 +16,9 @@ from qmpsnap.store.manifest import (
     Identity,
     Manifest,
     Merged,
+    Pack,
     Paired,
+    RamImage,
     Storage,
     decode,
     encode,
@@ -61,7 +63,7 @@ def test_the_control_is_not_spoilt():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2; this qmpsnap knows up to 1"),
+        ({"version": 3}, "version 3; this qmpsnap knows up to 2"),
         ({"version": 0}, r"\$\.version"),
         ({"format": "qmpsnap-storage"}, "format 'qmpsnap-storage', not 'qmpsnap-manifest'"),
         ({"pause_ms": "19"}, r"\$\.pause_ms"),
@@ -106,6 +108,33 @@ def test_an_accepted_name_stays_below_its_folder(name):
     assert Path("/a/b", name) != Path("/a/b")
 
 
+def in_packs(**change: object) -> Manifest:
+    """A snapshot whose RAM is stored once."""
+    whole = WHOLE[2]
+    assert isinstance(whole, Manifest)
+    entry = FileEntry(name="vmstate/ram.index", bytes=7, blake3=DIGEST)
+    image = RamImage(block="pc.ram", bytes=1 << 30, stored_pages=3)
+    ram = msgspec.structs.replace(whole.ram, index=entry.name, images=[image])
+    one = Pack(blake3="cd" * 32, bytes=900, used_bytes=800, fresh=True)
+    fields = {"version": 2, "files": [*whole.files, entry], "ram": ram, "packs": [one]}
+    return msgspec.structs.replace(whole, **(fields | change))
+
+
+def test_ram_in_packs():
+    made = in_packs()
+    assert decode(encode(made), Manifest, HERE) == made
+    assert [one.name for one in made.listed][-1] == f"shared/{'cd' * 32}"
+    # who knows version 1 only must not take the stream for all
+    for change, said in (
+        ({"version": 1}, "that is version 2"),
+        ({"packs": made.packs * 2}, "a pack is listed twice"),
+        ({"files": made.files[:-1]}, "the RAM's index is not among the files"),
+        ({"ram": WHOLE[2].ram}, "no index tells where"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            in_packs(**change)
+
+
 def test_what_could_not_be_read_is_not_written():
     endless = msgspec.structs.replace(WHOLE[2], pause_ms=float("nan"))
     with pytest.raises(ManifestError, match="pause_ms"):
@@ -115,6 +144,7 @@ def test_what_could_not_be_read_is_not_written():
 def test_the_committed_schemas_are_current():
     folder = Path(__file__).parents[2] / "docs" / "schemas"
     others = configuration.schemas() | usage.schemas() | shared.schemas() | tpm.schemas()
+    others |= moved.schemas()
     assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, *others}
     for word, schema in (schemas() | others).items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"

@@ -1,0 +1,191 @@
+"""Page images out of chunks: the only place that makes RAM again of what is stored once.
+
+An image is a sparse file of its block's size; a page of zeros is a hole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+from qmpsnap.errors import LocalFailed, SnapError
+from qmpsnap.store.chunking import stop_if
+from qmpsnap.store.copying import data_runs
+from qmpsnap.store.files import Progress, read_small, told
+from qmpsnap.store.ramindex import Index
+from qmpsnap.store.shelf import Shelf
+
+INDEX = "ram.index"
+"""The name of an index beside the page images that it tells of."""
+_PAGE = 4096
+_THREADS = 2
+_PIECE = 2 << 20  # bytes of RAM that a thread makes at a time
+_AHEAD = 3 * _THREADS
+_INDEX_MAX = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Where the chunks came from, in bytes of RAM: other images here, or packs."""
+
+    near_bytes: int
+    pack_bytes: int
+
+
+def image(folder: Path, block: int) -> Path:
+    """The page image of the *block*-th block of an index."""
+    return folder / f"{block}.pages"
+
+
+def fill(
+    index: Index,
+    shelf: Shelf,
+    to: Path,
+    *,
+    near: Sequence[Path] = (),
+    on_progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Filled:
+    """Make the page images of *index* in the folder *to*, `0.pages` and so on, in order.
+
+    Each chunk is checked. One that a folder of *near* has, which holds the images of another
+    snapshot with its `ram.index`, is taken from there if it is still what it was; the others are
+    taken from the *shelf*. What is in *to* under these names is replaced. Nothing is flushed to
+    the disk. Blocks.
+
+    *on_progress* is told the bytes of RAM that are there, from the first one on.
+
+    Raises HalfMissing, DigestMismatch, DamagedData, which name what is lost, LocalFailed, what the
+    shelf's folders raise, and Cancelled. What was made is left to the caller.
+    """
+    with ExitStack() as stack:
+        neighbours = [one for one in map(_neighbour, near) if one is not None]
+        for one in neighbours:
+            stack.callback(one.close)
+        run = _Filling(index, shelf, neighbours)
+        total, done = sum(block.bytes for block in index.blocks), 0
+        for number, block in enumerate(index.blocks):
+            path = image(to, number)
+            with told(path, LocalFailed):
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                descriptor = os.open(path, flags, 0o600)
+                stack.callback(os.close, descriptor)
+                os.ftruncate(descriptor, block.bytes)
+            # the file is closed only when no thread writes to it any more
+            with ThreadPoolExecutor(_THREADS, "fill") as pool:
+                for end in run.block(pool, number, descriptor, path):
+                    stop_if(cancelled, path)
+                    if on_progress is not None:
+                        on_progress(done + end, total, f"filling {block.block}")
+            done += block.bytes
+            if on_progress is not None:
+                on_progress(done, total, f"filling {block.block}")
+        return Filled(run.near_bytes, run.pack_bytes)
+
+
+class _Filling:
+    def __init__(self, index: Index, shelf: Shelf, near: Sequence[_Neighbour]) -> None:
+        self._index, self._shelf, self._near = index, shelf, near
+        self.near_bytes = self.pack_bytes = 0
+
+    def block(
+        self, pool: ThreadPoolExecutor, block: int, descriptor: int, path: Path
+    ) -> Iterator[int]:
+        """Make a block's pages; the bytes up to which they are there, again and again."""
+        rows = self._index.rows(block)
+        step = max(1, _PIECE // self._index.chunk_bytes)
+        waiting: deque[tuple[int, Future[tuple[int, int]]]] = deque()
+        for first in range(rows.start, rows.stop, step):
+            piece = range(first, min(first + step, rows.stop))
+            at, length = self._index.span(block, piece[-1])
+            work = pool.submit(self._make, block, piece, descriptor, path)
+            waiting.append((at + length, work))
+            if len(waiting) >= _AHEAD:
+                yield self._made(*waiting.popleft())
+        while waiting:
+            yield self._made(*waiting.popleft())
+
+    def _made(self, end: int, work: Future[tuple[int, int]]) -> int:
+        near, packs = work.result()
+        self.near_bytes += near
+        self.pack_bytes += packs
+        return end
+
+    def _make(self, block: int, rows: range, descriptor: int, path: Path) -> tuple[int, int]:
+        """In a thread of the pool: the bytes that came from near images, and from packs."""
+        far, near_bytes, pack_bytes = [], 0, 0
+        for row in rows:
+            at, length = self._index.span(block, row)
+            digest = self._index.digest(row)
+            found = (one.chunk(digest, length) for one in self._near)
+            content = next((one for one in found if one is not None), None)
+            if content is None:
+                far.append(row)
+                continue
+            _write(descriptor, path, content, at)
+            near_bytes += length
+        for row, content in self._shelf.chunks(self._index, far):
+            at, length = self._index.span(block, row)
+            _write(descriptor, path, content, at)
+            pack_bytes += length
+        return near_bytes, pack_bytes
+
+
+def _write(descriptor: int, path: Path, content: bytes, at: int) -> None:
+    with told(path, LocalFailed):
+        view = memoryview(content)
+        for start, end in data_runs(content, _PAGE):
+            while start < end:
+                start += os.pwrite(descriptor, view[start:end], at + start)
+
+
+@dataclass(slots=True)
+class _Neighbour:
+    """The images of another snapshot, which may be what we need; or may have gone."""
+
+    index: Index
+    images: dict[int, int] = field(default_factory=dict)
+
+    def chunk(self, digest: bytes, length: int) -> bytes | None:
+        """The chunk, if it is there and of this length."""
+        row = self.index.find(digest)
+        if row is None or (block := self.index.block_of(row)) not in self.images:
+            return None
+        at, there = self.index.span(block, row)
+        if there != length:
+            return None
+        try:
+            content = os.pread(self.images[block], length, at)
+        except OSError:
+            return None
+        return content if blake3(content).digest() == digest else None
+
+    def close(self) -> None:
+        for descriptor in self.images.values():
+            os.close(descriptor)
+
+
+def _neighbour(folder: Path) -> _Neighbour | None:
+    """It only saves work: what cannot be read is none."""
+    path = folder / INDEX
+    try:
+        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_MAX), path)
+        index.find(b"")  # its table is made before threads ask for it
+    except SnapError:
+        return None
+    found = _Neighbour(index)
+    for number in range(len(index.blocks)):
+        try:
+            found.images[number] = os.open(
+                image(folder, number), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            )
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,205 @@
+"""Which chunks the RAM of a snapshot consists of: the only place that knows `ram.index`.
+
+The file is zstd around: a line of JSON (`Header`), then one number or digest for each chunk that
+is not all zeros, in columns, little-endian: its number (4 bytes; all blocks counted through, in
+order), its BLAKE3 (32), its pack (4), offset (8) and length (4) there.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from operator import add
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from qmpsnap.errors import DamagedData
+from qmpsnap.store.head import readable, version_of
+from qmpsnap.store.manifest import Digest, RamImage, Size
+from qmpsnap.store.pack import content_of, frame_of, size_of
+from qmpsnap.store.rampack import CHUNK_MAX
+
+NAME = "vmstate/ram.index"
+_FORMAT, _NEWEST = "qmpsnap-ram-index", 1
+_COLUMNS = (("I", 4), ("B", 32), ("I", 4), ("Q", 8), ("I", 4))
+_ROW = sum(size for _, size in _COLUMNS)
+_LARGEST = 1 << 30  # bytes of an index: of a guest of some TiB
+
+
+class Named(Struct, frozen=True, kw_only=True):
+    """A pack that chunks lie in."""
+
+    blake3: Digest
+    bytes: Size
+
+
+class Header(Struct, frozen=True, kw_only=True):
+    """The first line of an index; *chunks* are those that are stored."""
+
+    format: Literal["qmpsnap-ram-index"] = "qmpsnap-ram-index"
+    version: Annotated[int, Meta(ge=1, le=1)] = 1
+    chunk_bytes: Annotated[int, Meta(ge=4096, le=CHUNK_MAX, multiple_of=4096)]
+    blocks: list[RamImage]
+    packs: list[Named]
+    chunks: Size
+
+
+class Index:
+    """The stored chunks of a snapshot's RAM, one in each *row*, in the order of the RAM.
+
+    Each column has one entry a row, but *digests*, which has 32 bytes.
+    """
+
+    def __init__(
+        self,
+        chunk_bytes: int,
+        blocks: Sequence[RamImage],
+        packs: Sequence[Named],
+        numbers: array[int],
+        digests: bytes | bytearray,
+        places: tuple[array[int], array[int], array[int]],
+    ) -> None:
+        self.chunk_bytes, self.blocks, self.packs = chunk_bytes, tuple(blocks), tuple(packs)
+        self.numbers, self.digests = numbers, bytes(digests)
+        self.pack_numbers, self.offsets, self.lengths = places
+        self._rows: dict[bytes, int] | None = None
+        self._first = [0]
+        for block in self.blocks:
+            self._first.append(self._first[-1] + -(-block.bytes // chunk_bytes))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def total(self) -> int:
+        """The number of all chunks, also of those that are all zeros and not stored."""
+        return self._first[-1]
+
+    def first(self, block: int) -> int:
+        """The number of the first chunk of the *block*-th block."""
+        return self._first[block]
+
+    def rows(self, block: int) -> range:
+        """The rows of the *block*-th block."""
+        first, end = self._first[block], self._first[block + 1]
+        return range(bisect_left(self.numbers, first), bisect_left(self.numbers, end))
+
+    def span(self, block: int, row: int) -> tuple[int, int]:
+        """Where the chunk lies in its block, which is the *block*-th: offset and length, bytes."""
+        at = (self.numbers[row] - self._first[block]) * self.chunk_bytes
+        return at, min(self.chunk_bytes, self.blocks[block].bytes - at)
+
+    def block_of(self, row: int) -> int:
+        """Which block the chunk is of: its place in *blocks*."""
+        return bisect_right(self._first, self.numbers[row]) - 1
+
+    def digest(self, row: int) -> bytes:
+        """The BLAKE3 of the chunk; the truth, where its place is a hint."""
+        return self.digests[row * 32 : row * 32 + 32]
+
+    def pack(self, row: int) -> Named:
+        """The pack that the chunk lies in; unless it was moved."""
+        return self.packs[self.pack_numbers[row]]
+
+    def find(self, digest: bytes) -> int | None:
+        """A row of this chunk, if there is one."""
+        if self._rows is None:
+            self._rows = {self.digest(row): row for row in range(len(self))}
+        return self._rows.get(digest)
+
+    def used(self) -> list[int]:
+        """The bytes that the chunks take in each pack, one that is there twice counted once."""
+        places = set(zip(self.pack_numbers, self.offsets, self.lengths, strict=True))
+        found = [0] * len(self.packs)
+        for pack, _, length in places:
+            found[pack] += length
+        return found
+
+    def without(self, packs: Collection[str]) -> Index:
+        """Of this only what lies in other packs than *packs*: what is known if they are lost."""
+        lost = {number for number, one in enumerate(self.packs) if one.blake3 in packs}
+        rows = [row for row, pack in enumerate(self.pack_numbers) if pack not in lost]
+        return Index(
+            self.chunk_bytes,
+            self.blocks,
+            self.packs,
+            array("I", [self.numbers[row] for row in rows]),
+            b"".join(map(self.digest, rows)),
+            (
+                array("I", [self.pack_numbers[row] for row in rows]),
+                array("Q", [self.offsets[row] for row in rows]),
+                array("I", [self.lengths[row] for row in rows]),
+            ),
+        )
+
+    def encode(self) -> bytes:
+        """The content of the file."""
+        header = Header(
+            chunk_bytes=self.chunk_bytes,
+            blocks=list(self.blocks),
+            packs=list(self.packs),
+            chunks=len(self),
+        )
+        parts = [msgspec.json.encode(header) + b"\n", _little(self.numbers), self.digests]
+        parts += [_little(one) for one in (self.pack_numbers, self.offsets, self.lengths)]
+        return frame_of(b"".join(parts))
+
+    @classmethod
+    def decode(cls, content: bytes, path: Path) -> Index:
+        """What the file *path* holds, checked. Raises ManifestError, DamagedData, naming *path*."""
+        try:
+            plain = content_of(content, min(size_of(content), _LARGEST))
+        except DamagedData as odd:
+            raise type(odd)(f"{path}: {odd}") from odd
+        head, newline, _ = plain.partition(b"\n")
+        version_of(head, _FORMAT, _NEWEST, path)
+        with readable(head, path):
+            header = msgspec.json.decode(head, type=Header)
+        at = len(head) + len(newline)
+        if len(plain) - at != header.chunks * _ROW:
+            raise DamagedData(f"{path}: has not the {header.chunks} chunks that it tells of")
+        columns = []
+        for code, width in _COLUMNS:
+            column = array(code)
+            column.frombytes(memoryview(plain)[at : at + header.chunks * width])
+            columns.append(_native(column))
+            at += header.chunks * width
+        numbers, digests, *places = columns
+        found = cls(
+            header.chunk_bytes,
+            header.blocks,
+            header.packs,
+            numbers,
+            digests.tobytes(),
+            (places[0], places[1], places[2]),
+        )
+        found._check(path)
+        return found
+
+    def _check(self, path: Path) -> None:
+        if any(one >= other for one, other in pairwise(self.numbers)) or (
+            len(self) and self.numbers[-1] >= self.total
+        ):
+            raise DamagedData(f"{path}: its chunks are not in order, or more than the RAM has")
+        if len(self) and max(self.pack_numbers) >= len(self.packs):
+            raise DamagedData(f"{path}: names a pack that it does not list")
+        sizes = [one.bytes for one in self.packs]
+        ends = map(add, self.offsets, self.lengths)
+        if any(end > sizes[pack] for end, pack in zip(ends, self.pack_numbers, strict=True)):
+            raise DamagedData(f"{path}: a chunk lies behind the end of its pack")
+
+
+def _little(column: array[int]) -> bytes:
+    return _native(array(column.typecode, column)).tobytes()
+
+
+def _native(column: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column

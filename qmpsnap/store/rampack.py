@@ -1,0 +1,139 @@
+"""A pack of RAM chunks as a file: the only place that knows its bytes.
+
+    0     8   QSNPPACK
+    8     8   version 1, and 4 bytes of zeros
+    16        frames of zstd, a chunk in each, one behind the other
+    table     48 bytes a frame: BLAKE3 of the chunk (32), offset (8), length (4), its own length (4)
+    -24   24  offset of the table, number of frames, QSNPEND1
+
+Numbers are little-endian. A pack is called by the BLAKE3 of all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from qmpsnap.errors import DamagedData, DigestMismatch, LocalFailed, ManifestError, StoreError
+from qmpsnap.store.files import Progress, Side, opened, read_back, sync_folder, told, write_all
+from qmpsnap.store.layout import PARTIAL
+from qmpsnap.store.manifest import FileEntry, Pack
+from qmpsnap.store.pack import content_of
+
+_HEAD = struct.Struct("<8sII")
+_ROW = struct.Struct("<32sQII")
+_FOOT = struct.Struct("<QQ8s")
+_MAGIC, _VERSION, _END = b"QSNPPACK", 1, b"QSNPEND1"
+_SYNC_EVERY = 32 << 20
+CHUNK_MAX = 16 << 20
+"""Bytes that a chunk may have; more is not believed."""
+
+
+class Frame(NamedTuple):
+    """Where a chunk lies in a pack, and how long it is, as stored and as it was."""
+
+    offset: int
+    length: int
+    raw: int
+
+
+class Writer:
+    """A pack being written into *folder*, under a name of its own until it is whole."""
+
+    def __init__(self, folder: Path, *, side: Side = LocalFailed) -> None:
+        self._path, self._side = folder / f"{token_hex(8)}{PARTIAL}", side
+        self._hasher, self._table = blake3(), bytearray()
+        self.bytes = self._synced = 0
+        self.anew = True
+        """False when `close` has found that the same pack was there already."""
+        with told(self._path, side):
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self._write(_HEAD.pack(_MAGIC, _VERSION, 0))
+        except BaseException:
+            self.discard()
+            raise
+
+    def add(self, digest: bytes, frame: bytes | memoryview, raw: int) -> int:
+        """Append the *frame* of the chunk *digest*, of *raw* bytes: its offset. Raises *side*."""
+        offset = self.bytes
+        self._write(frame)
+        self._table += _ROW.pack(digest, offset, len(frame), raw)
+        return offset
+
+    def close(self, on_progress: Progress | None = None) -> Pack:
+        """The pack is whole, durable and under its name then, which may have been there before.
+
+        On the store it was read back. Raises *side*.
+        """
+        at, count = self.bytes, len(self._table) // _ROW.size
+        self._write(bytes(self._table) + _FOOT.pack(at, count, _END))
+        digest = self._hasher.hexdigest()
+        name = FileEntry(name=f"shared/{digest}", bytes=self.bytes, blake3=digest)
+        path = self._path.with_name(digest)
+        with told(self._path, self._side):
+            if self._side is StoreError:
+                read_back(self._descriptor, self._path, name, on_progress, self._side)
+            os.fsync(self._descriptor)
+            self.anew = not os.path.lexists(path)
+            self._path.replace(path)
+            os.close(self._descriptor)
+            sync_folder(path.parent)
+        return Pack(blake3=digest, bytes=self.bytes)
+
+    def discard(self) -> None:
+        """Nothing is left of it; after `close`, nothing is done."""
+        with suppress(OSError):
+            self._path.unlink()
+            os.close(self._descriptor)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self._hasher.update(content)
+        self.bytes += len(content)
+        with told(self._path, self._side):
+            write_all(self._descriptor, content)
+            if self.bytes - self._synced >= _SYNC_EVERY:
+                os.fdatasync(self._descriptor)
+                self._synced = self.bytes
+
+
+def table(path: Path, *, side: Side) -> dict[bytes, Frame]:
+    """What is in the pack *path*, by the digests of the chunks.
+
+    Raises *side*, DamagedData for what is no pack, and ManifestError for one of a newer version.
+    """
+    with opened(path, side) as descriptor:
+        size = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, _HEAD.size, 0)
+        foot = os.pread(descriptor, _FOOT.size, max(0, size - _FOOT.size))
+        if len(head) < _HEAD.size or len(foot) < _FOOT.size or head[:8] != _MAGIC:
+            raise DamagedData(f"{path}: is no pack")
+        if (version := _HEAD.unpack(head)[1]) != _VERSION:
+            raise ManifestError(
+                f"{path}: is a pack of version {version}; this qmpsnap knows {_VERSION}",
+                hint="use the qmpsnap that wrote it, or a newer one",
+            )
+        at, count, end = _FOOT.unpack(foot)
+        if end != _END or at + count * _ROW.size + _FOOT.size != size:
+            raise DamagedData(f"{path}: is a pack without its end")
+        rows = os.pread(descriptor, count * _ROW.size, at)
+    if len(rows) != count * _ROW.size:
+        raise DamagedData(f"{path}: is a pack without its end")
+    found = {row[0]: Frame(*row[1:]) for row in _ROW.iter_unpack(rows)}
+    if any(one.offset + one.length > at or one.raw > CHUNK_MAX for one in found.values()):
+        raise DamagedData(f"{path}: is a pack whose table leads out of it")
+    return found
+
+
+def chunk_of(frame: bytes | memoryview, digest: bytes, raw: int) -> bytes:
+    """The chunk *digest*, of *raw* bytes, out of its frame. Raises DigestMismatch."""
+    content = content_of(frame, raw)
+    if blake3(content).digest() != digest:
+        raise DigestMismatch("is another chunk (BLAKE3)")
+    return content
