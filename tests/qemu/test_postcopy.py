@@ -25,7 +25,6 @@ from tests.rig.wire import Witness, witness
 _MEMORY = 64  # MiB
 _OURS = range(16 << 20, 40 << 20)  # what we put there the firmware leaves alone
 _HOLE = (640 << 10, 1 << 20)  # a PC has its screen and its ROMs there
-_BLOCK = "pc.ram"
 _LINE = ["-M", "pc", "-m", str(_MEMORY), "-nodefaults", "-vga", "std", "-device", "virtio-serial"]
 _WAITS = ["-incoming", "defer", "-S"]
 
@@ -41,8 +40,7 @@ class Source:
     breaks: bool = False
 
     async def ready(self, block: str, start: int, length: int) -> None:
-        assert block == _BLOCK
-        assert 0 < length <= (_MEMORY << 20) - start
+        assert 0 < length <= self.images[block].stat().st_size - start
         if self.breaks and length == 4096:
             raise LocalFailed("the store has gone")
         self.asked.append((start, length))
@@ -58,9 +56,9 @@ def _source(parts: Split, *, waits: bool = False) -> Source:
     return Source({image.block: image.path for image in parts.images}, waits)
 
 
-async def _taken(qemu: Path, home: Path) -> Split:
+async def _taken(qemu: Path, home: Path, *more: str) -> Split:
     """A machine with firmware only, taken apart; half of its RAM has known content, and holes."""
-    async with running(qemu, *_LINE) as process, connect(process.qmp) as monitor:
+    async with running(qemu, *_LINE, *more) as process, connect(process.qmp) as monitor:
         await monitor.execute("stop")
         reading, writing = os.pipe()
         try:
@@ -71,6 +69,8 @@ async def _taken(qemu: Path, home: Path) -> Split:
             parts = await asyncio.to_thread(split, reading, home)
         finally:
             os.close(reading)
+    if more:
+        return parts
     with parts.images[0].path.open("r+b") as file:
         for at in range(
             _OURS.start, _OURS.stop, 3 << 16
@@ -182,6 +182,35 @@ async def test_a_guest_that_lost_its_source_waits_and_takes_a_new_one(
         eye.ask("stop")
         _same(eye, parts, tmp_path, ran=True)
         assert "postcopy" in process.log.read_text()  # that it paused
+
+
+async def test_blocks_of_other_backends_come_too(qemu72: Path, tmp_path: Path) -> None:
+    """As NUMA nodes have them; one is shared memory, as vhost-user wants it."""
+    kinds, size = ("memory-backend-ram", "memory-backend-memfd,share=on"), 32 << 20
+    line = ["-smp", "2"]
+    for number, kind in enumerate(kinds):
+        line += ["-object", f"{kind},id=m{number},size={size}"]
+        line += ["-numa", f"node,nodeid={number},memdev=m{number},cpus={number}"]
+    parts = await _taken(qemu72, tmp_path, *line)
+    source, whole = _source(parts, waits=True), b""
+    for image in parts.images:
+        with image.path.open("r+b") as file:
+            file.seek(16 << 20)
+            file.write(image.block.encode() * (4 << 20))
+        whole += image.path.read_bytes()
+    async with _waiting(qemu72, *line) as (_, monitor, eye):
+
+        async def run() -> None:
+            for at in (20 << 20, size + (20 << 20), 21 << 20):
+                look = {"command-line": f"xp /1xg {at}"}
+                await monitor.execute("human-monitor-command", look)
+            assert source.requests >= 3
+            source.open.set()
+
+        await postcopy(monitor, parts.stream, source, on_running=run)
+        assert list(source.images) == ["m0", "m1"]
+        found = _ram(eye, tmp_path)
+    assert found[_HOLE[1] :] == whole[_HOLE[1] :]
 
 
 async def test_another_session_takes_over_from_one_that_was_cut(
