@@ -13,7 +13,7 @@ SnapError
  │   └─ StoreError: StoreStalled
  ├─ NotShipped (5)            captured; the spool holds the store half
  ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
- │   ├─ GuestLeftStopped, GuestStillFrozen
+ │   ├─ GuestLeftStopped, GuestStillFrozen, GuestLacksPages
  ├─ DamagedData (7)           what is on disk is not what the manifest says
  │   ├─ ManifestError, HalfMissing (PacksMissing), DigestMismatch, BaseChanged
  └─ IllegalMove (4)           our own bug: a phase was skipped
@@ -173,6 +173,12 @@ class GuestLeftStopped(GuestNeedsHelp):
 
 class GuestStillFrozen(GuestNeedsHelp):
     hint = "`qmpsnap thaw VM` or a restart of qemu-guest-agent in the guest thaws it"
+
+
+class GuestLacksPages(GuestNeedsHelp):
+    """The guest was let run before its RAM was there, and not all of it came."""
+
+    hint = "what touches a page that is missing waits for it: restore the snapshot anew"
 
 
 class DamagedData(SnapError):

@@ -97,8 +97,22 @@ class Monitor:
 
         Raises CommandRefused with QEMU's words, or MonitorLost (did it run? look before acting).
         """
+        return await self._executed(command, arguments, out_of_band=False)
+
+    async def urgently(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """As `execute`, past QEMU's main loop, which may be stuck; few commands can be run so.
+
+        On a monitor without that ability (of a chardev that cannot) it is run in its turn.
+        """
+        greeting = self._client.greeting
+        able = greeting is not None and "oob" in greeting.QMP.capabilities
+        return await self._executed(command, arguments, out_of_band=able)
+
+    async def _executed(
+        self, command: str, arguments: Mapping[str, object] | None, *, out_of_band: bool
+    ) -> Any:
         try:
-            return await self._client.execute(command, dict(arguments or {}))
+            return await self._client.execute(command, dict(arguments or {}), oob=out_of_band)
         except ExecuteError as refused:
             raise CommandRefused(command, refused.error_class, str(refused)) from refused
         except (ExecInterruptedError, StateError, OSError) as lost:

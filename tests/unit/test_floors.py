@@ -18,7 +18,7 @@ DOORS = {
     "zstandard": ("qmpsnap.store.",),
     "blake3": ("qmpsnap.store.",),
     "nbd": ("qmpsnap.hypervisor.nbd.",),
-    "numpy": ("qmpsnap.hypervisor.vmstate.walk", "qmpsnap.hypervisor.vmstate.pages"),
+    "numpy": tuple(f"qmpsnap.hypervisor.vmstate.{name}" for name in ("walk", "pages", "feed")),
     "typer": ("qmpsnap.cli.",),
     "click": ("qmpsnap.cli.",),
     "rich": ("qmpsnap.cli.",),

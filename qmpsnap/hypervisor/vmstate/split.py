@@ -159,7 +159,7 @@ class _Blocks:
 
     def put(self, batch: Batch, buffer: bytearray) -> None:
         """Raises LocalFailed."""
-        if seen := self._seen.get(batch.block):
+        if (seen := self._seen.get(batch.block)) is not None:
             seen.add(batch.pages)
         with told(self.paths[batch.block] or self._folder):
             self.files[batch.block].put(batch.pages, batch.places, buffer)
