@@ -16,6 +16,7 @@ from qmpsnap.errors import ConfigError, UsageError
 from qmpsnap.ids import is_vm_name
 
 STORE_TIMEOUT = 30.0
+RAM_IMAGES = 1
 _SYSTEM = Path("/etc/qmpsnap.toml")
 _USER = Path("~/.config/qmpsnap.toml")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -33,13 +34,17 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file says. *store_timeout* in seconds; *path* is None when there is no file."""
+    """What a file says. *store_timeout* in seconds; *path* is None when there is no file.
+
+    *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too.
+    """
 
     path: Path | None = None
     local: Path | None = None
     store: Path | None = None
     allow_local_store: bool = False
     store_timeout: float = STORE_TIMEOUT
+    ram_images: int = RAM_IMAGES
     vms: Mapping[str, Vm] = {}
 
 
@@ -53,6 +58,7 @@ class _File(msgspec.Struct, frozen=True):
     store: str | None = None
     allow_local_store: bool = False
     store_timeout: str | None = None
+    ram_images: int = RAM_IMAGES
     vm: dict[str, dict[str, object]] = {}
 
 
@@ -90,12 +96,15 @@ def load(given: Path | None = None) -> Config:
             raise ConfigError(f"{path}: store_timeout: {odd}") from odd
         if timeout <= 0:
             raise ConfigError(f"{path}: store_timeout: has to be more than 0")
+    if file.ram_images < 0:
+        raise ConfigError(f"{path}: ram_images: has to be 0 or more")
     return Config(
         path=path,
         local=_path(path, file.local),
         store=_path(path, file.store),
         allow_local_store=file.allow_local_store,
         store_timeout=timeout,
+        ram_images=file.ram_images,
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},
     )
 

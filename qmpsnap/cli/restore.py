@@ -56,6 +56,15 @@ async def restore(
             show_default=False,
         ),
     ] = False,
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager",
+            help="Load all RAM into QEMU's own memory before the guest runs. Default: map it, "
+            "and read each page when the guest touches it.",
+            show_default=False,
+        ),
+    ] = False,
     revision: Annotated[
         int | None,
         typer.Option(
@@ -172,8 +181,11 @@ async def restore(
         qemu=qemu.absolute() if qemu else None,
         secrets=dict(map(_secret, secret or [])),
         limits=choice("--limits", Choice, limits),
+        eager=eager,
         limits_parent=limits_parent,
     )
+    if eager and cold:
+        raise UsageError("--eager loads the RAM, and --cold goes without it: give one of them")
     if limits_parent is not None and wish.limits is Choice.NONE:
         raise UsageError("--limits-parent: there is no group to make", hint="with --limits same")
     if check:
@@ -235,6 +247,7 @@ def _show(out: Output, back: Restored) -> None:
         out.facts([
             ("restored", f"{shown['id']} of {shown['vm']}{', cold' if shown['cold'] else ''}"),
             ("process", shown["pid"]),
+            ("RAM", shown["ram"]),
             ("folder", shown["to"]),
             ("QMP", shown["qmp"]),
             ("agent", shown["agent"]),

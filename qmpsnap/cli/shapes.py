@@ -103,6 +103,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     """`restore`: the machine that runs. *moved*: files and sockets, old path to new path.
 
     *groups*: the folders of the control groups that were made for it; they go when it ends.
+    *ram*: `mapped` from page images, or loaded as a `stream`; None after a cold boot.
     """
 
     id: str
@@ -116,6 +117,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     notices: list[str]
     limits: list[Limit] = []
     groups: list[str] = []
+    ram: str | None = None
 
 
 class Prepared(Struct, frozen=True, kw_only=True):

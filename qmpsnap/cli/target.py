@@ -64,6 +64,7 @@ class Call:
             self._root("store", self.store or self.settings.store, needed=roots),
             allow_local_store=self.allow_local_store or self.settings.allow_local_store,
             store_within=self.settings.store_timeout,
+            ram_images=self.settings.ram_images,
             report=self.out.progress,
         )
 

@@ -13,6 +13,7 @@ from qmpsnap.engine import (
     bootfiles,
     copies,
     layers,
+    ramstore,
     recover,
     sample,
     spool,
@@ -156,6 +157,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
         await debt.note(Phase.SEALED)
+        await ramstore.sealed(roots, machine.name, manifest)
         await copies.paid(roots, machine, made, debt)
         await asyncio.to_thread(usage.keep, roots.local, used)
         try:
@@ -223,6 +225,7 @@ async def _sealed(
     folder = roots.local.spool(made.vm, made.id)
     half = await asyncio.to_thread(spool.storage, made, captured, copied)
     manifest = await spool.build(
+        roots,
         folder,
         made,
         facts,

@@ -30,7 +30,7 @@ from qmpsnap.errors import (
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.hypervisor.monitor import Monitor, connect
-from qmpsnap.store import shared
+from qmpsnap.store import pages, shared
 from qmpsnap.store.files import sync_folder
 from qmpsnap.store.layout import KEPT, STORAGE
 from qmpsnap.store.points import read as read_points
@@ -150,6 +150,7 @@ async def swept(roots: Roots, vm: str) -> None:
 
 def _removed_local(roots: Roots, vm: str, id: str) -> None:
     folder = roots.local.snapshot(vm, id)
+    pages.forget(roots.local, vm, id)
     try:
         if folder.exists():
             leave(folder)

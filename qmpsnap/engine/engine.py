@@ -62,6 +62,8 @@ class Engine:
 
     *store_within* is the longest time, in seconds, that the store may make no progress.
     *allow_local_store* is for trials: it takes a store that is no network file system.
+    *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root
+    as well, from where it comes back at once.
     *report* is called with what is going on, bytes done, bytes in all.
     """
 
@@ -72,12 +74,14 @@ class Engine:
         *,
         allow_local_store: bool = False,
         store_within: float = 30.0,
+        ram_images: int = 1,
         report: Report = silent,
     ) -> None:
         self.roots = Roots(
             LocalRoot(local.absolute()),
             Store(StoreRoot(store.absolute()), store_within),
             allow_local_store,
+            ram_images,
         )
         self._report = report
 

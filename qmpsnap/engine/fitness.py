@@ -17,6 +17,7 @@ from qmpsnap.engine import (
     confined,
     here,
     history,
+    ramback,
     restoration,
     tpm,
     usage,
@@ -134,6 +135,11 @@ async def check(roots: Roots, vm: str, word: str, wish: Restoration) -> Fitness:
 
 async def assess(roots: Roots, vm: str, word: str, wish: Restoration) -> Assessed:
     """As `check`, with what a restore goes on with."""
+    async with roots.store.lasting() as store:
+        return await _assessed(replace(roots, store=store), vm, word, wish)
+
+
+async def _assessed(roots: Roots, vm: str, word: str, wish: Restoration) -> Assessed:
     pair = await open_pair(roots, await find(roots, vm, word))
     points = await asyncio.to_thread(read_points, roots.local, vm)
     found = Assessed(pair, wish)
@@ -191,6 +197,9 @@ async def _compared(
     found._ready = ready
     found.rows += rows
     facts = await here.look(ready, machine, chains)
+    if not wish.cold:
+        version = facts.binary.version if facts.binary is not None else "0"
+        ready = found._ready = await asyncio.to_thread(_with_memory, found, ready, machine, version)
     within = None
     usages = [used] if used is not None else []
     if wish.limits is Choice.SUGGEST:
@@ -206,6 +215,28 @@ async def _compared(
     found.rows += compare(Captured(machine, ready, held, host), facts)
     if within is not None:
         found.rows += confined.rows(within, machine, facts.headroom.cpu_count)
+
+
+def _with_memory(
+    found: Assessed, ready: Ready, machine: configuration.Configuration, version: str
+) -> Ready:
+    """*ready*, and how its RAM comes back; a row on that."""
+    backends = (machine.details.memory_backends if machine.details else None) or []
+    memory, line, notices = ramback.chosen(
+        found.pair,
+        ready.relocated.cmdline,
+        to=found.wish.to,
+        eager=found.wish.eager,
+        version=version,
+        huge={one.id for one in backends if one.id and one.huge_page_bytes is not None},
+    )
+    if memory.images:
+        images = found.pair.manifest.ram.images
+        stored = in_bytes(sum(one.stored_pages for one in images) << 12)
+        whence = "from the store" if memory.lacking else "kept here"
+        found.rows.append(row("RAM pages", stored, f"{whence}, {memory.way}"))
+    relocated = replace(ready.relocated, cmdline=line, notices=[*ready.relocated.notices, *notices])
+    return replace(ready, memory=memory, relocated=relocated)
 
 
 def _how(wish: Restoration) -> str:
@@ -245,7 +276,7 @@ def _packs(found: Assessed, seen: Glanced) -> None:
         return
     wrong = [one.entry.name for one in packs if one.entry.name in seen.wrong]
     size = f"{in_bytes(sum(one.used_bytes for one in packs))} in {len(packs)} packs"
-    if wrong and found.wish.cold:
+    if wrong and (found.wish.cold or ramback.kept_here(found.pair)):
         found.differs("RAM", str(seen.wrong[wrong[0]]))
         return
     with found.row("RAM", size, size):

@@ -58,7 +58,7 @@ class Pair:
         """The text of a small file of the store half, checked. Raises DamagedData, StoreError."""
         if not self.spooled:
             return await self.roots.store.read(self.vm, self.id, name, seal=self.seal)
-        path, entry = self.roots.local.spool(self.vm, self.id) / name, self._entry(name)
+        path, entry = self.roots.local.spool(self.vm, self.id) / name, self.entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
         return (await asyncio.to_thread(files.read_small, path, side=LocalFailed)).decode()
 
@@ -179,12 +179,13 @@ class Pair:
             store = self.roots.store
             await store.load(self.vm, self.id, name, fd, seal=self.seal, on_progress=tell)
             return
-        path, entry = self.roots.local.spool(self.vm, self.id) / name, self._entry(name)
+        path, entry = self.roots.local.spool(self.vm, self.id) / name, self.entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
         # a thread goes on when its waiter is cancelled: it must own what it writes to
         await asyncio.to_thread(_unpack, path, os.dup(fd), self.manifest.ram, tell)
 
-    def _entry(self, name: str) -> FileEntry:
+    def entry(self, name: str) -> FileEntry:
+        """What is listed under *name*. Raises HalfMissing."""
         if (entry := self.manifest.entry(name)) is None:
             raise HalfMissing(f"{self.vm} {self.id}: the manifest lists no {name}")
         return entry

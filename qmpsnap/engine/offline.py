@@ -14,6 +14,7 @@ from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import journal, qemu_img
+from qmpsnap.store import pages
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ async def settle_offline(roots: Roots, machine: Machine) -> list[recover.Recover
             for one in owed.laid:
                 did += await _given_back(one, never_written=empty)
             await asyncio.to_thread(recover.remove, roots.local.point(machine.name, point))
+            await asyncio.to_thread(pages.forget, roots.local, machine.name, record.id)
         await asyncio.to_thread(recover.remove_sockets, owed)
         await asyncio.to_thread(entry.close)
         settled.append(recover.Recovered(record.id, tuple(did) or ("nothing was left to do",)))

@@ -28,6 +28,7 @@ from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
+from qmpsnap.store import pages
 from qmpsnap.store.layout import STORAGE
 from qmpsnap.store.points import read as read_points
 
@@ -210,6 +211,7 @@ async def undo(
     # the ones before them have recorded all the while
     await bitmap.remove_all(monitor, lambda name: name not in owed.bitmaps)
     await asyncio.to_thread(remove, roots.local.point(machine.name, owed.point(id)))
+    await asyncio.to_thread(pages.forget, roots.local, machine.name, id)
     if frozen is not None:
         raise frozen  # all else is done: the debt stands until somebody has thawed the guest
     return did

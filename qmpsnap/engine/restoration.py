@@ -10,6 +10,7 @@ from pathlib import Path
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.limiting import Choice, Limit
+from qmpsnap.engine.ramback import Memory
 from qmpsnap.errors import BaseChanged, Blocked, LocalFailed, UsageError
 from qmpsnap.host.site import Site
 from qmpsnap.host.swtpm import Wanted
@@ -29,7 +30,7 @@ class Restoration:
     QEMU binary than the captured one. *isolated*: its network cards lead nowhere. *secrets*: the
     file to read each -object secret from, by its id, where the captured machine had it in none.
     *limits*: those of a control group of its own, made below *limits_parent* (as in
-    /proc/PID/cgroup).
+    /proc/PID/cgroup). *eager*: all RAM is loaded before the guest runs.
     """
 
     to: Path
@@ -41,6 +42,7 @@ class Restoration:
     isolated: bool = False
     secrets: Mapping[str, Path] = field(default_factory=dict)
     limits: Choice = Choice.NONE
+    eager: bool = False
     limits_parent: str | None = None
 
 
@@ -50,6 +52,7 @@ class Ready:
 
     *fetched*: files that come from the snapshot, as this host's are others by now.
     *tpm*: the swtpm that is started beside it, which finds *tpm_files* of the snapshot.
+    *memory*: how its RAM comes back.
     *warnings*: what differs between the captured machine's host and this one. *limits*: those
     that it gets, of a new control group at *site* (None: of none).
     """
@@ -62,6 +65,7 @@ class Ready:
     tpm: Wanted | None = None
     tpm_files: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
     limits: list[Limit] = field(default_factory=list)
     site: Site | None = None
 

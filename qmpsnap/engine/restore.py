@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from qmpsnap.engine import companion, dependents, fitness
+from qmpsnap.engine import companion, dependents, fitness, ramback
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
@@ -54,6 +54,7 @@ class Restored:
             "qmp": str(self.machine.qmp),
             "agent": str(self.machine.agent) if self.machine.agent else None,
             "cold": self.ready.wish.cold,
+            "ram": None if self.ready.wish.cold else self.ready.memory.way.value,
             "to": str(self.ready.wish.to),
             "moved": self.ready.relocated.moved,
             "notices": self.ready.notices,
@@ -75,6 +76,7 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
         for one in ready.fetched:
             await ready.pair.fetch(one.entry, Path(ready.relocated.moved[one.path]))
         await companion.placed(ready)
+        await ramback.filled(ready.pair, ready.memory, report)
     except BaseException:
         await finish(asyncio.to_thread(_unmade, ready.pair, wish.to), within=60)
         raise
@@ -149,7 +151,7 @@ async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report:
         return
 
     async def feed(fd: int) -> None:
-        await ready.pair.load(fd, report)
+        await ramback.feed(ready.pair, ready.memory, fd, ready.wish.to, report)
 
     try:
         await load(monitor, feed)

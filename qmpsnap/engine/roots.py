@@ -16,11 +16,15 @@ from qmpsnap.store.separate import refuse_same
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """*allow_local_store*: the store may be on this host's own disks, for a trial."""
+    """*allow_local_store*: the store may be on this host's own disks, for a trial.
+
+    *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root.
+    """
 
     local: LocalRoot
     store: Store
     allow_local_store: bool = False
+    ram_images: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,22 +9,21 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import configuration, tpm, usage
+from qmpsnap.engine import configuration, ramstore, tpm, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.plan import Plan, PlannedDisk, cheapest
-from qmpsnap.engine.roots import host_id, moment
+from qmpsnap.engine.roots import Roots, host_id, moment
 from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import Level
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import qemu_img
-from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.machine.reconcile import numbered
 from qmpsnap.hypervisor.vmstate import sections
 from qmpsnap.hypervisor.vmstate.session import RamMode
-from qmpsnap.store import files, manifest, pack
+from qmpsnap.store import files, manifest
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import (
@@ -39,7 +38,6 @@ from qmpsnap.store.manifest import (
     encode,
 )
 
-STREAM = "vmstate/stream.zst"
 MACHINE = "machine.json"
 USAGE = "usage.json"
 _LEVELS: dict[Level, manifest.Level] = {
@@ -115,6 +113,7 @@ def _chain(nodes: tuple[Node, ...], paths: tuple[str, ...]) -> list[Image]:
 
 
 async def build(
+    roots: Roots,
     folder: Path,
     plan: Plan,
     facts: Survey,
@@ -129,7 +128,7 @@ async def build(
     shared: Sequence[Shared] = (),
     held: tpm.Held | None = None,
 ) -> Manifest:
-    """Fill *folder* with the store half and seal it there. *raw* is packed, then deleted.
+    """Fill *folder* with the store half and seal it there. *raw* is stored, then deleted.
 
     What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM.
 
@@ -158,12 +157,9 @@ async def build(
         compression="zstd",
     )
     entries = [await asyncio.to_thread(_entry, folder, name) for name in names]
+    kept = ramstore.Stored(ram, [], [])
     if captured.mode is not RamMode.NONE:
-        packed = await _pack(raw, folder / STREAM, report)
-        ram = msgspec.structs.replace(
-            ram, raw_bytes=packed.bytes_raw, file=STREAM, raw_blake3=packed.blake3_raw
-        )
-        entries.append(FileEntry(name=STREAM, bytes=packed.bytes, blake3=packed.blake3))
+        kept = await ramstore.stored(roots, plan.vm, str(plan.id), raw, folder, ram, report)
     bound = identity_of(facts)
     manifest = Manifest(
         id=str(plan.id),
@@ -172,17 +168,19 @@ async def build(
         identity=Binding(uuid=bound.uuid, disks=bound.disks),
         taken_at=half.taken_at,
         qemu_version=facts.abilities.version,
-        ram=ram,
+        ram=kept.ram,
         quiesce="agent" if plan.freeze else "none",
         frozen=plan.freeze,
         pause_ms=round(captured.pause.milliseconds, 3),
         frozen_ms=None if captured.frozen_ms is None else round(captured.frozen_ms, 3),
         was="running" if plan.running else "paused",
-        files=entries,
+        files=[*entries, *kept.files],
         storage_blake3=files.digest_bytes(encode(half)),
         note=note,
         trial_store=trial,
         shared=list(shared),
+        packs=kept.packs,
+        version=2 if kept.packs else 1,
     )
     await asyncio.to_thread(files.publish, folder / MANIFEST, encode(manifest), side=LocalFailed)
     return manifest
@@ -192,16 +190,6 @@ async def _nvram(disk: Disk, path: Path) -> None:
     await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
     top = disk.chain[0]
     await qemu_img.convert(Path(top.path), top.format, path, "raw")
-
-
-async def _pack(raw: Path, path: Path, report: Report) -> pack.Packed:
-    def tell(done: int, total: int, what: str) -> None:
-        report("packing RAM", done, total)
-
-    await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
-    packed = await in_background(pack.compress, raw, path, on_progress=tell)
-    await asyncio.to_thread(raw.unlink)
-    return packed
 
 
 def _small(path: Path, content: bytes) -> None:

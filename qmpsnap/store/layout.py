@@ -17,6 +17,7 @@ KEPT = "kept.json"
 MERGED = "merged.json"
 DIGESTS = "digests.json"
 SHARED = "shared"
+RAM = "ram"
 PROTECTED = "protected"
 PARTIAL = ".partial"
 GOING = ".going"
@@ -82,6 +83,11 @@ class LocalRoot(_Root):
     def layers(self, vm: str) -> Path:
         """The folder of the overlays that take writes: no snapshot's, as they still change."""
         return self.vm(vm) / "layers"
+
+    def ram(self, vm: str, id: Id | None = None) -> Path:
+        """The folder of the page images that are kept, or of those of one snapshot."""
+        folder = self.vm(vm) / RAM
+        return folder if id is None else folder / self.snapshot(vm, id).name
 
     def storage(self, vm: str, id: Id) -> Path:
         return self.snapshot(vm, id) / STORAGE

@@ -44,10 +44,11 @@ class Talk:
                 pipe.write(msgspec.json.encode(request) + b"\n")  # type: ignore[union-attr]
                 answer = await self._answer(lines, on_progress)
                 done = True
-                return answer
             except wire.Told as told:
                 done = True
                 raise told.error from None
+            else:
+                return answer
             finally:
                 if not done:
                     # a process in D state takes the signal only when the mount lets go of it

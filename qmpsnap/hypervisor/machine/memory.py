@@ -11,8 +11,8 @@ from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.keyval import Fields
 from qmpsnap.hypervisor.machine.options import fields_of
+from qmpsnap.hypervisor.machine.sizes import in_bytes
 
-_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 _SAME_NODE, _OTHER_NODE = 10, 20  # numa.h: what QEMU takes for a distance that nobody gave
 
 
@@ -145,7 +145,7 @@ def nodes(line: CommandLine, cpus: dict[int, int], sizes: dict[str, int]) -> lis
         Node(
             id=number,
             cpus=sorted(index for index, node in cpus.items() if node == number),
-            size_bytes=sizes.get(fields.get("memdev") or "", _size(fields.get("mem"))),
+            size_bytes=sizes.get(fields.get("memdev") or "", in_bytes(fields.get("mem"), bare="m")),
             memdev=fields.get("memdev"),
             distances=[_distance(far, number, other) for other in sorted(made)],
         )
@@ -174,17 +174,6 @@ async def _backend(asking: Asking, one: _Memdev, kind: str | None, cwd: Path) ->
         mem_path=str(cwd / mem_path) if mem_path else None,
         huge_page_bytes=huge,
     )
-
-
-def _size(text: str | None) -> int | None:
-    """Bytes; a bare number is of MiB."""
-    if not text:
-        return None
-    number, unit = (text, "m") if text[-1].isdigit() else (text[:-1], text[-1].lower())
-    try:
-        return int(float(number) * (1 << _UNITS[unit]))
-    except (KeyError, ValueError):
-        return None
 
 
 def _distances(given: list[Fields]) -> dict[tuple[str | None, str | None], int]:

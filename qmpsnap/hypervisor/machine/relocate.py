@@ -13,6 +13,7 @@ from qmpsnap.hypervisor.machine.attach import agent_chardev
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.drives import slots
 from qmpsnap.hypervisor.machine.keyval import Fields
+from qmpsnap.hypervisor.machine.mapping import unmapped
 from qmpsnap.hypervisor.machine.options import (
     DRIVES,
     Blockdev,
@@ -76,7 +77,7 @@ def relocate(
     Raises Blocked, naming the option, for what no second machine can have, and UsageError for a
     command line that QEMU would not take.
     """
-    line = direct.spelled_out(applied_sets(cmdline))
+    line = unmapped(direct.spelled_out(applied_sets(cmdline)))
     taken = {str(path) for path in (*disks.values(), qmp, agent) if path is not None}
     scene = Scene(line, cwd, into, disks, agent, taken, isolated=isolated, incoming=incoming)
     scene.secrets = _known(line, secrets or {})

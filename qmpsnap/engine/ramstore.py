@@ -1,0 +1,180 @@
+"""The RAM of a snapshot on its way to the store: from QEMU's stream to pages, to chunks in packs.
+
+Nothing of it holds the guest: the stream is whole by then, and all work yields to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.roots import Roots
+from qmpsnap.errors import LocalFailed, SnapError, StreamUnknown
+from qmpsnap.host.priority import in_background, stoppable
+from qmpsnap.hypervisor.vmstate.split import Split, split
+from qmpsnap.store import chunking, files, filling, local, pack, pages
+from qmpsnap.store.files import told
+from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
+from qmpsnap.store.ramindex import NAME as INDEX
+from qmpsnap.store.ramindex import Index
+
+log = logging.getLogger(__name__)
+_INDEX_LIMIT = 1 << 30  # bytes: of a guest of a few TiB
+STREAM = "vmstate/stream.zst"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the manifest says of a RAM that is stored; *files* are those of the spool."""
+
+    ram: Ram
+    files: list[FileEntry]
+    packs: list[Pack]
+
+
+async def stored(
+    roots: Roots, vm: str, id: str, raw: Path, folder: Path, ram: Ram, report: Report
+) -> Stored:
+    """The stream *raw* becomes what *folder*, a spool, has of it; *raw* goes.
+
+    Its pages lie in the VM's folder for them afterwards, not sealed yet, their chunks, as far as
+    no earlier snapshot has brought them, in packs that wait to be shipped. A stream that we do not
+    know all of is stored whole.
+
+    Raises LocalFailed, and DamagedData for a stream that is not what QEMU writes.
+    """
+    work = roots.local.ram(vm, id)
+    await asyncio.to_thread(files.make_folders, work, roots.local.path, side=LocalFailed)
+    await asyncio.to_thread(files.make_folders, folder / "vmstate", folder, side=LocalFailed)
+    try:
+        apart = await _split(raw, work, report)
+    except StreamUnknown as strange:
+        log.warning("the RAM of %s %s is stored whole, as one stream: %s", vm, id, strange)
+        await asyncio.to_thread(pages.forget, roots.local, vm, id)
+        return await _whole(raw, folder, ram, report)
+    await asyncio.to_thread(raw.unlink)
+    known = await known_indexes(roots, vm)
+
+    def tell(done: int, total: int, what: str = "") -> None:
+        report("packing RAM", done, total)
+
+    kept = await stoppable(
+        lambda stop: chunking.keep(
+            [(one.block, one.path, one.bytes) for one in apart.images],
+            roots.local.shared(vm),
+            known,
+            stored_pages=[one.stored_pages for one in apart.images],
+            on_progress=tell,
+            cancelled=stop,
+        )
+    )
+    for path in (work / filling.INDEX, folder / INDEX):
+        await asyncio.to_thread(files.publish, path, kept.index, side=LocalFailed)
+    small = await in_background(pack.compress, apart.stream, folder / STREAM)
+    await asyncio.to_thread(apart.stream.unlink)
+    index = FileEntry(name=INDEX, bytes=len(kept.index), blake3=files.digest_bytes(kept.index))
+    ram = msgspec.structs.replace(_with_stream(ram, small), index=INDEX, images=list(kept.images))
+    return Stored(ram, [_entry(small), index], list(kept.packs))
+
+
+async def known_indexes(roots: Roots, vm: str) -> list[Index]:
+    """Where chunks of earlier snapshots lie: by what is kept here, else by the newest on the store.
+
+    Empty when nobody can tell: all chunks are stored anew then.
+    """
+    here = await asyncio.to_thread(_indexes_here, roots, vm)
+    if here:
+        return here
+    for facts in reversed(await asyncio.to_thread(local.survey, roots.local, vm)):
+        if facts.paired is None:
+            continue
+        try:
+            return await _index_on_store(roots, vm, facts.id, facts.paired.manifest_blake3)
+        except SnapError as odd:
+            log.info("the chunks of %s %s are not known: %s", vm, facts.id, odd)
+            return []  # a store that does not answer would keep us waiting once a snapshot
+    return []
+
+
+def _indexes_here(roots: Roots, vm: str) -> list[Index]:
+    found = []
+    for path in pages.indexes(roots.local, vm):
+        try:
+            note = pages.read(path.parent)
+            content = files.read_small(path, side=LocalFailed, limit=_INDEX_LIMIT)
+            if files.digest_bytes(content) == note.index_blake3:
+                found.append(Index.decode(content, path))
+        except SnapError as odd:
+            log.info("%s", odd)
+    return found
+
+
+async def _index_on_store(roots: Roots, vm: str, id: str, seal: str) -> list[Index]:
+    with tempfile.TemporaryDirectory(dir=roots.local.vm(vm)) as folder:
+        path = Path(folder) / filling.INDEX
+        await roots.store.fetch(vm, id, INDEX, path, seal=seal)
+        content = await asyncio.to_thread(
+            files.read_small, path, side=LocalFailed, limit=_INDEX_LIMIT
+        )
+    return [Index.decode(content, path)]
+
+
+async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
+    """The snapshot exists: its page images become those that restores find, and old ones go.
+
+    Nothing is lost when that fails: it is told, and a restore takes the chunks from the store.
+    """
+    if manifest.ram.index is None:
+        return
+    folder = roots.local.ram(vm, manifest.id)
+    images = [
+        (one.block, filling.image(folder, number), one.stored_pages)
+        for number, one in enumerate(manifest.ram.images)
+    ]
+    try:
+        await in_background(pages.seal, folder, manifest.id, images)
+        await asyncio.to_thread(pages.trim, roots.local, vm, roots.ram_images)
+    except LocalFailed as failed:
+        log.warning("the page images of %s %s are not kept: %s", vm, manifest.id, failed)
+
+
+async def _split(raw: Path, work: Path, report: Report) -> Split:
+    def tell(done: int, total: int) -> None:
+        report("sorting RAM", done, total)
+
+    def work_in_thread(stop: Callable[[], bool]) -> Split:
+        with told(raw, LocalFailed):
+            source = os.open(raw, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return split(source, work, forget=True, on_progress=tell, cancelled=stop)
+        finally:
+            os.close(source)
+
+    return await stoppable(work_in_thread)
+
+
+async def _whole(raw: Path, folder: Path, ram: Ram, report: Report) -> Stored:
+    def tell(done: int, total: int, what: str) -> None:
+        report("packing RAM", done, total)
+
+    packed = await in_background(pack.compress, raw, folder / STREAM, on_progress=tell)
+    await asyncio.to_thread(raw.unlink)
+    return Stored(_with_stream(ram, packed), [_entry(packed)], [])
+
+
+def _with_stream(ram: Ram, packed: pack.Packed) -> Ram:
+    return msgspec.structs.replace(
+        ram, raw_bytes=packed.bytes_raw, file=STREAM, raw_blake3=packed.blake3_raw
+    )
+
+
+def _entry(packed: pack.Packed) -> FileEntry:
+    return FileEntry(name=STREAM, bytes=packed.bytes, blake3=packed.blake3)

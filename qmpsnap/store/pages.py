@@ -1,0 +1,164 @@
+"""The page images of snapshots on the local root: the only place that keeps and ends them.
+
+They are a cache: all that is in them is on the store, too. `LOCAL/VM/ram/ID` has one file a block
+of RAM, `0.pages` and so on, in the order of `ram.index`, and `pages.json`, written last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from qmpsnap.errors import DamagedData, LocalFailed, SnapError
+from qmpsnap.ids import is_snapshot_id
+from qmpsnap.store.files import digest_file, publish, read_small, sync_folder, told
+from qmpsnap.store.filling import INDEX
+from qmpsnap.store.head import readable, version_of
+from qmpsnap.store.image import changed, examine_image
+from qmpsnap.store.layout import LocalRoot
+from qmpsnap.store.manifest import Digest, Image, Size
+
+NOTE = "pages.json"
+_FORMAT, _NEWEST = "qmpsnap-pages", 1
+
+
+class PageImage(msgspec.Struct, frozen=True, kw_only=True):
+    """The RAM block *block* in the file *image*, which has *stored_pages* that are not zero."""
+
+    block: str
+    stored_pages: Size
+    image: Image
+
+
+class Pages(msgspec.Struct, frozen=True, kw_only=True):
+    """`pages.json`: all large RAM blocks of the snapshot *id*, and the BLAKE3 of its index."""
+
+    format: Literal["qmpsnap-pages"] = "qmpsnap-pages"
+    version: Literal[1] = 1
+    id: str
+    index_blake3: Digest
+    images: list[PageImage]
+
+
+def seal(folder: Path, id: str, images: Sequence[tuple[str, Path, int]]) -> Pages:
+    """*images* (block, file, pages that are not zero) and the index in *folder* are whole.
+
+    All of it is durable afterwards. Raises LocalFailed.
+    """
+    _, index = digest_file(folder / INDEX, side=LocalFailed)
+    for _, path, _ in images:
+        with told(path, LocalFailed):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    listed = [
+        PageImage(
+            block=block, stored_pages=stored, image=examine_image(path, "raw", path.stat().st_size)
+        )
+        for block, path, stored in images
+    ]
+    note = Pages(id=id, index_blake3=index, images=listed)
+    content = msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n"
+    publish(folder / NOTE, content, side=LocalFailed)
+    with told(folder, LocalFailed):
+        sync_folder(folder.parent)
+    return note
+
+
+def found(folder: Path, index_blake3: str) -> Pages:
+    """The page images in *folder*, all as they were sealed, by the name, size, inode and time.
+
+    Their bytes are not read: `verify` does that. Raises DamagedData with the reason when they are
+    not to be used, LocalFailed.
+    """
+    pages = read(folder)
+    if pages.index_blake3 != index_blake3:
+        raise DamagedData(f"{folder}: are the pages of another snapshot")
+    for one in pages.images:
+        if difference := changed(one.image):
+            raise DamagedData(difference)
+    return pages
+
+
+def read(folder: Path) -> Pages:
+    """What the note in *folder* says. Raises ManifestError, LocalFailed."""
+    path = folder / NOTE
+    content = read_small(path, side=LocalFailed)
+    version_of(content, _FORMAT, _NEWEST, path)
+    with readable(content, path):
+        return msgspec.json.decode(content, type=Pages)
+
+
+def indexes(root: LocalRoot, vm: str) -> list[Path]:
+    """The index of each snapshot whose pages were kept here, newest first; those at hand."""
+    return [path for one in reversed(_folders(root, vm)) if (path := one / INDEX).exists()]
+
+
+def trim(root: LocalRoot, vm: str, keep: int) -> None:
+    """Only the page images of the *keep* newest snapshots stay, and the newest one's index.
+
+    What a run has left that was cut off goes, too. The caller holds the VM's lock. A machine that
+    runs on such pages keeps them until it ends. Raises LocalFailed.
+    """
+    folders = [one for one in _folders(root, vm) if (one / NOTE).exists()]
+    kept = folders[max(0, len(folders) - keep) :]
+    with told(root.ram(vm), LocalFailed):
+        for one in _folders(root, vm):
+            if one in kept:
+                continue
+            if folders and one == folders[-1]:
+                _only_index(one)
+            else:
+                shutil.rmtree(one)
+
+
+def forget(root: LocalRoot, vm: str, id: str) -> None:
+    """The snapshot *id* is no more: nor is what is kept of it here. Raises LocalFailed."""
+    folder = root.ram(vm, id)
+    with told(folder, LocalFailed):
+        if folder.exists():
+            with suppress(FileNotFoundError):
+                (folder / NOTE).unlink()
+            shutil.rmtree(folder)
+
+
+def wrong(folder: Path, id: str) -> list[tuple[str, str]]:
+    """The files of *folder* that are not as they were sealed, and why; none without a note."""
+    if not (folder / NOTE).exists():
+        return []
+    try:
+        pages = read(folder)
+    except SnapError as odd:
+        return [(NOTE, str(odd))]
+    if pages.id != id:
+        return [(NOTE, f"names the snapshot {pages.id}")]
+    told_of = [(Path(one.image.path).name, changed(one.image)) for one in pages.images]
+    return [(name, why) for name, why in told_of if why is not None]
+
+
+def _only_index(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in (INDEX, NOTE):
+            path.unlink()
+
+
+def _folders(root: LocalRoot, vm: str) -> list[Path]:
+    try:
+        there = sorted(root.ram(vm).iterdir())
+    except FileNotFoundError:
+        return []
+    return [one for one in there if is_snapshot_id(one.name) and one.is_dir()]
+
+
+def schemas() -> dict[str, dict[str, object]]:
+    """The JSON Schema of `pages.json`, by the word that it says of itself."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {_FORMAT: dialect | msgspec.json.schema(Pages)}
