@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from qmpsnap.errors import (
     SnapError,
     StoreError,
 )
-from qmpsnap.store import files, local, pack
+from qmpsnap.store import files, filling, local, pack, ramhalf
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
+from qmpsnap.store.shelf import Shelf
 from qmpsnap.store.wire import Problem, error
 
 
@@ -82,7 +84,8 @@ class Pair:
         try:
             found = await self.packs(whole=False)
         except (StoreError, LocalFailed) as failed:
-            return {pack.entry.name: failed for pack in self.manifest.packs}
+            packs = [one.entry for one in self.manifest.packs]
+            return {one.name: failed for one in packs if not self.spooled_at(one).exists()}
         return {one.file: HalfMissing(one.what) for one in found}
 
     async def packs(self, *, whole: bool, tell: files.Progress | None = None) -> list[Problem]:
@@ -108,6 +111,13 @@ class Pair:
         def tell(done: int, total: int, what: str) -> None:
             report("filling RAM", done, total)
 
+        if self.spooled and all(self.spooled_at(one.entry).exists() for one in self.manifest.packs):
+            # the store need not be there
+            over = threading.Event()
+            try:
+                return await asyncio.to_thread(self._fill, to, near, tell, over.is_set)
+            finally:
+                over.set()  # a thread goes on when its waiter is cancelled
         spool = self.roots.local.spool(self.vm, self.id) if self.spooled else None
         return await self.roots.store.fill(
             self.vm,
@@ -119,6 +129,15 @@ class Pair:
             shared=self.roots.local.shared(self.vm) if self.spooled else None,
             on_progress=tell,
         )
+
+    def _fill(
+        self, to: Path, near: Sequence[Path], tell: files.Progress, cancelled: Callable[[], bool]
+    ) -> Filled:
+        local = self.roots.local
+        path = local.spool(self.vm, self.id) / str(self.manifest.ram.index)
+        index = ramhalf.index_of(self.manifest, path, side=LocalFailed)
+        with Shelf([(local.shared(self.vm), LocalFailed)]) as shelf:
+            return filling.fill(index, shelf, to, near=near, on_progress=tell, cancelled=cancelled)
 
     def spooled_at(self, entry: FileEntry) -> Path:
         """Where a file lies while the store half waits in the spool."""

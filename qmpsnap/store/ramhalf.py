@@ -14,7 +14,7 @@ from qmpsnap.errors import (
     UsageError,
 )
 from qmpsnap.store import filling, moved, shared, wire
-from qmpsnap.store.files import Progress, expect, expect_size, read_small
+from qmpsnap.store.files import Progress, Side, expect, expect_size, read_small
 from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import Manifest, Pack
@@ -27,16 +27,16 @@ _PIECE = 32  # chunks that are read at a time
 _NAMED = 8  # packs, or chunks, that one message names
 
 
-def index_of(manifest: Manifest, path: Path) -> Index:
+def index_of(manifest: Manifest, path: Path, *, side: Side = StoreError) -> Index:
     """The index of *manifest*, which is the file *path*, checked.
 
-    Raises DigestMismatch, DamagedData, StoreError; UsageError when its RAM is not in packs.
+    Raises DigestMismatch, DamagedData, *side*; UsageError when its RAM is not in packs.
     """
     entry = manifest.entry(manifest.ram.index) if manifest.ram.index is not None else None
     if entry is None:
         raise UsageError(f"the RAM of {manifest.vm} {manifest.id} is not in packs")
-    expect(path, entry, side=StoreError)
-    index = Index.decode(read_small(path, side=StoreError, limit=_INDEX_MAX), path)
+    expect(path, entry, side=side)
+    index = Index.decode(read_small(path, side=side, limit=_INDEX_MAX), path)
     listed = {pack.blake3 for pack in manifest.packs}
     if lost := [one.blake3 for one in index.packs if one.blake3 not in listed]:
         raise DamagedData(f"{path}: names packs that the manifest does not list: {in_words(lost)}")

@@ -12,10 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qmpsnap.engine.half import Pair
+from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, HalfMissing, PacksMissing, StoreError
 from qmpsnap.store import chunking, files, half, moved, rampack, repack, shared, sweeping, wire
 from qmpsnap.store.files import digest_file
 from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.local import read_storage
 from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.remote import Store
@@ -425,3 +428,19 @@ def test_by_hand(series):
     )
     assert said.stdout == f"pc.ram {SIZE} {series.path}/0.pages\n"
     assert (series.path / "0.pages").read_bytes() == (series.path / left[0] / "pc.ram").read_bytes()
+
+
+async def test_a_spool_with_all_its_packs_needs_no_store(series):
+    made = series.spool(IDS[0], changing(0))
+    roots = Roots(series.local, Store(StoreRoot(series.path / "none")))
+    half_here = read_storage(series.local, "web", IDS[0])
+    pair = Pair(roots, "web", IDS[0], half_here, made, "", spooled=True)
+    (series.path / "to").mkdir()
+    filled = await pair.fill(series.path / "to", lambda *_: None)
+    assert filled.pack_bytes == SIZE
+    assert (series.path / "to/0.pages").read_bytes() == (
+        series.path / IDS[0] / "pc.ram"
+    ).read_bytes()
+    assert (await pair.glance()).wrong == {}
+    (series.local.shared("web") / made.packs[0].blake3).unlink()
+    assert list((await pair.glance()).wrong) == [made.packs[0].entry.name]
