@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NoReturn
 
 import msgspec
@@ -108,7 +109,7 @@ class Tail:
         Raises StreamUnknown, DamagedData, OSError.
         """
         at = start
-        for device, follower in zip(self.devices, [*self.devices[1:], None], strict=True):
+        for device, follower in zip_longest(self.devices, self.devices[1:]):
             section, at = self._section(at, device, follower)
             yield section
         if at != self.last:

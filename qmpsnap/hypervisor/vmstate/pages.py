@@ -91,10 +91,10 @@ class PageFile:
         self.stored.remove(pages)
         if self._fd is None:
             return
-        for first, end in _runs(pages):
-            start, length = int(pages[first]) * PAGE, (end - first) * PAGE
-            if not sparse.punch(self._fd, self._start + start, length):
-                _written(self._fd, memoryview(bytes(length)), self._start + start)
+        for first, end in zip(*_runs(pages), strict=True):
+            start, length = int(pages[first]) * PAGE + self._start, int(end - first) * PAGE
+            if not sparse.punch(self._fd, start, length):
+                _written(self._fd, memoryview(bytes(length)), start)
 
     def _write(self, pages: Numbers, rows: Rows) -> None:
         zero = _zero(rows)
@@ -107,9 +107,13 @@ class PageFile:
         if self._fd is None:
             return
         view = rows.data.cast("B")
-        for first, end in _runs(pages):
-            place = self._start + int(pages[first]) * PAGE
-            _written(self._fd, view[first * PAGE : end * PAGE], place)
+        firsts, ends = _runs(pages)
+        places = (pages[firsts] * PAGE + self._start).tolist()
+        for first, end, place in zip(
+            (firsts * PAGE).tolist(), (ends * PAGE).tolist(), places, strict=True
+        ):
+            if os.pwrite(self._fd, view[first:end], place) != end - first:
+                _written(self._fd, view[first:end], place)
 
 
 def _last(pages: Numbers, places: Numbers) -> tuple[Numbers, Numbers]:
@@ -142,10 +146,10 @@ def _zero(rows: Rows) -> npt.NDArray[np.bool_]:
     return zero
 
 
-def _runs(pages: Numbers) -> Iterator[tuple[int, int]]:
-    """Where pages follow one on the other: first and end of each run, as places in *pages*."""
-    breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-    return zip([0, *breaks], [*breaks, len(pages)], strict=True)
+def _runs(pages: Numbers) -> tuple[Numbers, Numbers]:
+    """Where pages follow one on the other: firsts and ends of the runs, as places in *pages*."""
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    return np.append(0, breaks), np.append(breaks, len(pages))
 
 
 def _written(fd: int, view: memoryview, place: int) -> None:
@@ -163,10 +167,9 @@ class Recorder:
 
     def all(self, fd: int, size: int) -> Iterator[int]:
         """All *size* bytes of the page image *fd*: how far that is. Raises OSError."""
-        for start, end, data in sparse.extents(fd, size, PAGE):
-            step = (_PIECE if data else _HOLES) * PAGE
-            for at in range(start, end, step):
-                upto = min(at + step, end)
+        for start, end, data in sparse.extents(fd, size, PAGE, _PIECE * PAGE):
+            for at in range(start, end, _HOLES * PAGE):
+                upto = min(at + _HOLES * PAGE, end)
                 pages = np.arange(at // PAGE, upto // PAGE)
                 if data:
                     self._pages(pages, _read(fd, pages, 0))
@@ -213,7 +216,7 @@ class Recorder:
 def _read(fd: int, pages: Numbers, start: int) -> Rows:
     rows = np.zeros((len(pages), PAGE), np.uint8)
     view = rows.data.cast("B")
-    for first, end in _runs(pages):
+    for first, end in zip(*_runs(pages), strict=True):
         part, place = view[first * PAGE : end * PAGE], start + int(pages[first]) * PAGE
         while part and (count := os.preadv(fd, [part], place)):
             part, place = part[count:], place + count

@@ -24,10 +24,11 @@ def punch(fd: int, start: int, length: int) -> bool:
     return True
 
 
-def extents(fd: int, size: int, grain: int) -> Iterator[tuple[int, int, bool]]:
-    """All of a file of *size* bytes: (start, end, whether there is data), on multiples of *grain*.
+def extents(fd: int, size: int, grain: int, step: int) -> Iterator[tuple[int, int, bool]]:
+    """All of a file of *size* bytes: (start, end, may be data), in multiples of *grain*.
 
-    What lies between two pieces of data within one grain counts as data. Raises OSError.
+    What may have data is *step* bytes at most, and a hole in it is not looked for: where data and
+    holes alternate, reading the zeros is a hundred times faster than asking. Raises OSError.
     """
     at = 0
     while at < size:
@@ -40,8 +41,6 @@ def extents(fd: int, size: int, grain: int) -> Iterator[tuple[int, int, bool]]:
         start = max(at, data // grain * grain)
         if start > at:
             yield at, start, False
-        if start >= size:
-            return
-        end = os.lseek(fd, max(start, data), os.SEEK_HOLE)
-        at = min(size, -(-end // grain) * grain)
-        yield start, at, True
+        at = min(start + step, size)
+        if at > start:
+            yield start, at, True
