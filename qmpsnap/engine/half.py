@@ -182,8 +182,8 @@ class Pair:
             target=LocalFailed,
         )
 
-    async def load(self, fd: int, report: Report) -> None:
-        """Write the vmstate, checked and unpacked, into *fd*.
+    async def load(self, fd: int, report: Report, *, near: Path | None = None) -> None:
+        """Write the vmstate, checked and unpacked, into *fd*; from the file *near* if that is it.
 
         Raises DamagedData, as a rule before the first byte, StoreError, LocalFailed.
         """
@@ -194,6 +194,9 @@ class Pair:
         def tell(done: int, total: int, what: str) -> None:
             report("loading RAM", done, total)
 
+        if near is not None and await asyncio.to_thread(_is, near, self.entry(name)):
+            await asyncio.to_thread(_unpack, near, os.dup(fd), self.manifest.ram, tell)
+            return
         if not self.spooled:
             store = self.roots.store
             await store.load(self.vm, self.id, name, fd, seal=self.seal, on_progress=tell)
@@ -208,6 +211,14 @@ class Pair:
         if (entry := self.manifest.entry(name)) is None:
             raise HalfMissing(f"{self.vm} {self.id}: the manifest lists no {name}")
         return entry
+
+
+def _is(path: Path, entry: FileEntry) -> bool:
+    try:
+        files.expect(path, entry, side=LocalFailed)
+    except (DamagedData, LocalFailed):
+        return False
+    return True
 
 
 def _unpack(path: Path, fd: int, ram: Ram, tell: files.Progress) -> None:

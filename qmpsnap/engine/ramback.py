@@ -107,8 +107,9 @@ async def feed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) ->
 
     Raises DamagedData, StoreError, LocalFailed.
     """
+    near = memory.folder / filling.STREAM if memory.folder is not None else None
     if not memory.joined:
-        await pair.load(fd, report)
+        await pair.load(fd, report, near=near)
         return
     small = to / "state.part"
     images = {block: path for block, path in memory.images.items() if block in memory.joined}
@@ -126,7 +127,7 @@ async def feed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) ->
         with files.told(small, LocalFailed):
             own = os.open(small, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            await pair.load(own, report)
+            await pair.load(own, report, near=near)
         finally:
             os.close(own)
         # a thread goes on when its waiter is cancelled: it must own what it writes to

@@ -80,6 +80,8 @@ async def stored(
         await asyncio.to_thread(files.publish, path, kept.index, side=LocalFailed)
     small = await in_background(pack.compress, apart.stream, folder / STREAM)
     await asyncio.to_thread(apart.stream.unlink)
+    # what a restore that maps the pages needs besides: it need not come from the store, either
+    await asyncio.to_thread(os.link, folder / STREAM, work / filling.STREAM)
     index = FileEntry(name=INDEX, bytes=len(kept.index), blake3=files.digest_bytes(kept.index))
     ram = msgspec.structs.replace(_with_stream(ram, small), index=INDEX, images=list(kept.images))
     return Stored(ram, [_entry(small), index], list(kept.packs))

@@ -24,7 +24,7 @@ from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import Writer
 from qmpsnap.store.sink import Cancelled
 
-CHUNK = 64 << 10
+CHUNK = 32 << 10
 """Bytes of a chunk; decision 0017 tells why."""
 PACK = 256 << 20
 """Bytes of stored chunks after which a pack is closed."""

@@ -23,6 +23,8 @@ from qmpsnap.store.files import Progress, read_small, told
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.shelf import Shelf
 
+STREAM = "stream.zst"
+"""The name of the rest of the state, packed, beside page images that are kept."""
 INDEX = "ram.index"
 """The name of an index beside the page images that it tells of."""
 _PAGE = 4096
