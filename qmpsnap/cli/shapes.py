@@ -103,7 +103,8 @@ class Restored(Struct, frozen=True, kw_only=True):
     """`restore`: the machine that runs. *moved*: files and sockets, old path to new path.
 
     *groups*: the folders of the control groups that were made for it; they go when it ends.
-    *ram*: `mapped` from page images, or loaded as a `stream`; None after a cold boot.
+    *ram*: `mapped` from page images, brought on `demand`, or loaded as a `stream`; None after a
+    cold boot.
     """
 
     id: str

@@ -21,7 +21,7 @@ from qmpsnap.errors import (
 )
 from qmpsnap.store import files, filling, local, pack, ramhalf
 from qmpsnap.store.catalogue import Entry
-from qmpsnap.store.filling import Filled
+from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
 from qmpsnap.store.shelf import Shelf
@@ -101,7 +101,14 @@ class Pair:
             self.vm, self.id, spool, shared, whole=whole, on_progress=tell
         )
 
-    async def fill(self, to: Path, report: Report, *, near: Sequence[Path] = ()) -> Filled:
+    async def fill(
+        self,
+        to: Path,
+        report: Report,
+        *,
+        near: Sequence[Path] = (),
+        spans: Sequence[Span] | None = None,
+    ) -> Filled:
         """Make the page images of its RAM in the folder *to*, as `filling.fill` does.
 
         Raises HalfMissing, DigestMismatch, DamagedData, which name what is lost; StoreError,
@@ -115,7 +122,7 @@ class Pair:
             # the store need not be there
             over = threading.Event()
             try:
-                return await asyncio.to_thread(self._fill, to, near, tell, over.is_set)
+                return await asyncio.to_thread(self._fill, to, near, spans, tell, over.is_set)
             finally:
                 over.set()  # a thread goes on when its waiter is cancelled
         spool = self.roots.local.spool(self.vm, self.id) if self.spooled else None
@@ -124,6 +131,7 @@ class Pair:
             self.id,
             to,
             near=near,
+            spans=spans,
             seal=self.seal,
             spool=spool,
             shared=self.roots.local.shared(self.vm) if self.spooled else None,
@@ -131,13 +139,20 @@ class Pair:
         )
 
     def _fill(
-        self, to: Path, near: Sequence[Path], tell: files.Progress, cancelled: Callable[[], bool]
+        self,
+        to: Path,
+        near: Sequence[Path],
+        spans: Sequence[Span] | None,
+        tell: files.Progress,
+        cancelled: Callable[[], bool],
     ) -> Filled:
         local = self.roots.local
         path = local.spool(self.vm, self.id) / str(self.manifest.ram.index)
         index = ramhalf.index_of(self.manifest, path, side=LocalFailed)
         with Shelf([(local.shared(self.vm), LocalFailed)]) as shelf:
-            return filling.fill(index, shelf, to, near=near, on_progress=tell, cancelled=cancelled)
+            return filling.fill(
+                index, shelf, to, near=near, spans=spans, on_progress=tell, cancelled=cancelled
+            )
 
     def spooled_at(self, entry: FileEntry) -> Path:
         """Where a file lies while the store half waits in the spool."""

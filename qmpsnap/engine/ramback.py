@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from qmpsnap.engine import demand
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.mapping import mapped
+from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.vmstate import postcopy
 from qmpsnap.hypervisor.vmstate.join import join
+from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.store import files, filling, pages
 from qmpsnap.store.ramindex import NAME as INDEX
 
@@ -25,9 +31,11 @@ _FOLDER = "ram"
 
 class Way(StrEnum):
     """`mapped`: QEMU reads a page from its image when the guest touches it, and keeps what the
-    guest changes to itself. `stream`: all pages are loaded into QEMU's own memory first."""
+    guest changes to itself. `demand`: the pages come from the store while the guest runs, those
+    first that it touches. `stream`: all pages are loaded into QEMU's own memory first."""
 
     MAPPED = "mapped"
+    DEMAND = "demand"
     STREAM = "stream"
 
 
@@ -62,6 +70,8 @@ def chosen(
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
         return Memory(Way.STREAM, folder, images, why, lacking), line, []
+    if lacking:
+        return Memory(Way.DEMAND, folder, images, {}, lacking), line, []
     sizes = {one.block: one.bytes for one in ram.images}
     into = mapped(
         line, {block: (path, sizes[block]) for block, path in images.items()},
@@ -94,7 +104,7 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
 
     Raises DamagedData, StoreError, LocalFailed.
     """
-    if not memory.lacking or memory.folder is None:
+    if not memory.lacking or memory.folder is None or memory.way is Way.DEMAND:
         return
     log.info("the RAM of %s %s comes from the store: %s", pair.vm, pair.id, memory.lacking)
     await asyncio.to_thread(memory.folder.mkdir, 0o700)
@@ -102,35 +112,102 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
 
 
-async def feed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) -> None:
-    """Write the state into *fd*: with the pages of all blocks that are not mapped.
+async def loaded(
+    pair: Pair,
+    memory: Memory,
+    monitor: Monitor,
+    to: Path,
+    on_running: Callable[[], Awaitable[None]],
+    report: Report,
+) -> Way:
+    """Bring the state of *pair* into the QEMU that waits for it, and await *on_running* then.
 
-    Raises DamagedData, StoreError, LocalFailed.
+    All RAM is where it belongs at the end; where it comes on demand, the guest has run for a while
+    by then. Gives the way that it really went: without userfaultfd nothing comes on demand.
+
+    Raises MigrationFailed, MonitorLost, GuestLacksPages, DamagedData, StoreError, LocalFailed.
     """
-    near = memory.folder / filling.STREAM if memory.folder is not None else None
+    made = memory.folder if memory.lacking and memory.way is not Way.MAPPED else None
+    try:
+        if memory.way is Way.DEMAND:
+            why = await _on_demand(pair, memory, monitor, to, on_running, report)
+            if not why:
+                return memory.way
+            log.warning("all RAM is loaded before the guest runs: %s", why)
+            memory = replace(memory, way=Way.STREAM, joined=dict.fromkeys(memory.images, why))
+            await filled(pair, memory, report)
+
+        async def feed(fd: int) -> None:
+            await _fed(pair, memory, fd, to, report)
+
+        await load(monitor, feed)
+        await on_running()
+    finally:
+        if made is not None:  # all of it is in QEMU's own memory
+            await asyncio.to_thread(shutil.rmtree, made, ignore_errors=True)
+    return memory.way
+
+
+async def _on_demand(
+    pair: Pair,
+    memory: Memory,
+    monitor: Monitor,
+    to: Path,
+    on_running: Callable[[], Awaitable[None]],
+    report: Report,
+) -> str:
+    """Why this QEMU cannot do that; empty if all RAM has come."""
+    assert memory.folder is not None
+
+    def tell(done: int, total: int) -> None:
+        report("bringing RAM", done, total)
+
+    if why := await postcopy.trouble(monitor):
+        return why
+    async with (
+        _small(pair, memory, to, report) as small,
+        demand.coming(pair, memory.folder) as images,
+    ):
+        await postcopy.postcopy(monitor, small, images, on_running=on_running, on_progress=tell)
+    return ""
+
+
+async def _fed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) -> None:
+    """Write the state into *fd*: with the pages of all blocks that are not mapped."""
     if not memory.joined:
-        await pair.load(fd, report, near=near)
+        await pair.load(fd, report, near=_near(memory))
         return
-    small = to / "state.part"
     images = {block: path for block, path in memory.images.items() if block in memory.joined}
 
     def tell(done: int, total: int) -> None:
         report("loading RAM", done, total)
 
-    def joined(own: int) -> None:
+    def joined(small: Path, own: int) -> None:
         try:
             join(small, images, own, on_progress=tell)
         finally:
             os.close(own)
 
+    async with _small(pair, memory, to, report) as small:
+        # a thread goes on when its waiter is cancelled: it must own what it writes to
+        await asyncio.to_thread(joined, small, os.dup(fd))
+
+
+@asynccontextmanager
+async def _small(pair: Pair, memory: Memory, to: Path, report: Report) -> AsyncIterator[Path]:
+    """The stream without the pages of the images, as a file for the block."""
+    path = to / "state.part"
     try:
-        with files.told(small, LocalFailed):
-            own = os.open(small, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with files.told(path, LocalFailed):
+            own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            await pair.load(own, report, near=near)
+            await pair.load(own, report, near=_near(memory))
         finally:
             os.close(own)
-        # a thread goes on when its waiter is cancelled: it must own what it writes to
-        await asyncio.to_thread(joined, os.dup(fd))
+        yield path
     finally:
-        await asyncio.to_thread(small.unlink, missing_ok=True)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+def _near(memory: Memory) -> Path | None:
+    return memory.folder / filling.STREAM if memory.folder is not None else None

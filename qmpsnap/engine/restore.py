@@ -26,7 +26,6 @@ from qmpsnap.host import cage, journal, qemu_img, swtpm
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
 from qmpsnap.hypervisor.monitor import Monitor, connect
-from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.shield import finish
 
 log = logging.getLogger(__name__)
@@ -36,13 +35,15 @@ log = logging.getLogger(__name__)
 class Restored:
     """A machine that is back. *process* ends with us, or is on its own, as was asked.
 
-    *groups*: the folders of the control groups that were made for it.
+    *groups*: the folders of the control groups that were made for it. *ram*: the way that its RAM
+    came back, None after a cold boot.
     """
 
     ready: Ready
     machine: Machine
     process: Launched
     groups: tuple[Path, ...] = ()
+    ram: ramback.Way | None = None
 
     def shown(self) -> dict[str, Any]:
         """What `restore --json` prints."""
@@ -54,7 +55,7 @@ class Restored:
             "qmp": str(self.machine.qmp),
             "agent": str(self.machine.agent) if self.machine.agent else None,
             "cold": self.ready.wish.cold,
-            "ram": None if self.ready.wish.cold else self.ready.memory.way.value,
+            "ram": self.ram.value if self.ram is not None else None,
             "to": str(self.ready.wish.to),
             "moved": self.ready.relocated.moved,
             "notices": self.ready.notices,
@@ -109,7 +110,7 @@ async def restored(
         ):
             try:
                 async with connect(ready.qmp) as monitor:
-                    await _brought_up(ready, monitor, process, report)
+                    way = await _brought_up(ready, monitor, process, report)
             except BaseException:
                 await finish(process.kill(), within=10)
                 raise
@@ -117,7 +118,7 @@ async def restored(
             if group and detach:
                 group.leave()
             machine = Machine(ready.pair.vm, ready.qmp, ready.relocated.agent)
-            yield Restored(ready, machine, process, group.folders if group else ())
+            yield Restored(ready, machine, process, group.folders if group else (), way)
     except BaseException:
         if not begun:
             await finish(asyncio.to_thread(_unmade, ready.pair, ready.wish.to), within=60)
@@ -146,25 +147,29 @@ async def _accompanied(
         yield
 
 
-async def _brought_up(ready: Ready, monitor: Monitor, process: Launched, report: Report) -> None:
+async def _brought_up(
+    ready: Ready, monitor: Monitor, process: Launched, report: Report
+) -> ramback.Way | None:
     if ready.wish.cold:
-        return
+        return None
 
-    async def feed(fd: int) -> None:
-        await ramback.feed(ready.pair, ready.memory, fd, ready.wish.to, report)
+    manifest = ready.pair.manifest
+
+    async def on_running() -> None:
+        if manifest.was == "running":
+            await runstate.let_run(monitor)
+        if manifest.frozen and ready.relocated.agent is not None:
+            # frozen in the saved RAM, thawed only in the machine that went on
+            await quiesce.Freezer(ready.relocated.agent).thaw()
 
     try:
-        await load(monitor, feed)
+        return await ramback.loaded(
+            ready.pair, ready.memory, monitor, ready.wish.to, on_running, report
+        )
     except MonitorLost as died:
         # before 9.1 a QEMU that cannot load exits; its stderr has the reason
         words = await asyncio.to_thread(_last_words, process.log)
         raise MigrationFailed(f"QEMU did not take the state: {words}") from died
-    manifest = ready.pair.manifest
-    if manifest.was == "running":
-        await runstate.let_run(monitor)
-    if manifest.frozen and ready.relocated.agent is not None:
-        # frozen in the saved RAM, thawed only in the machine that went on
-        await quiesce.Freezer(ready.relocated.agent).thaw()
 
 
 async def _images(pair: Pair, wish: Restoration, report: Report) -> None:

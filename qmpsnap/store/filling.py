@@ -27,6 +27,8 @@ STREAM = "stream.zst"
 """The name of the rest of the state, packed, beside page images that are kept."""
 INDEX = "ram.index"
 """The name of an index beside the page images that it tells of."""
+Span = tuple[int, int, int]
+"""A part of the RAM: the number of its block, and start and length in that, in bytes."""
 _PAGE = 4096
 _THREADS = 2
 _PIECE = 2 << 20  # bytes of RAM that a thread makes at a time
@@ -46,12 +48,23 @@ def image(folder: Path, block: int) -> Path:
     return folder / f"{block}.pages"
 
 
+def hollow(path: Path, size: int) -> None:
+    """An empty page image of *size* bytes; what *path* was is replaced. Raises LocalFailed."""
+    with told(path, LocalFailed):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+
 def fill(
     index: Index,
     shelf: Shelf,
     to: Path,
     *,
     near: Sequence[Path] = (),
+    spans: Sequence[Span] | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Filled:
@@ -62,6 +75,9 @@ def fill(
     taken from the *shelf*. What is in *to* under these names is replaced. Nothing is flushed to
     the disk. Blocks.
 
+    With *spans* only the chunks that these touch are made, in images that are there (`hollow`):
+    perhaps beside another who fills them.
+
     *on_progress* is told the bytes of RAM that are there, from the first one on.
 
     Raises HalfMissing, DigestMismatch, DamagedData, which name what is lost, LocalFailed, what the
@@ -71,15 +87,18 @@ def fill(
         neighbours = [one for one in map(_neighbour, near) if one is not None]
         for one in neighbours:
             stack.callback(one.close)
-        run = _Filling(index, shelf, neighbours)
+        run = _Filling(index, shelf, neighbours, spans)
         total, done = sum(block.bytes for block in index.blocks), 0
         for number, block in enumerate(index.blocks):
             path = image(to, number)
+            if spans is None:
+                hollow(path, block.bytes)
+            elif not any(span[0] == number for span in spans):
+                done += block.bytes
+                continue
             with told(path, LocalFailed):
-                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-                descriptor = os.open(path, flags, 0o600)
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
                 stack.callback(os.close, descriptor)
-                os.ftruncate(descriptor, block.bytes)
             # the file is closed only when no thread writes to it any more
             with ThreadPoolExecutor(_THREADS, "fill") as pool:
                 for end in run.block(pool, number, descriptor, path):
@@ -93,26 +112,41 @@ def fill(
 
 
 class _Filling:
-    def __init__(self, index: Index, shelf: Shelf, near: Sequence[_Neighbour]) -> None:
-        self._index, self._shelf, self._near = index, shelf, near
+    def __init__(
+        self,
+        index: Index,
+        shelf: Shelf,
+        near: Sequence[_Neighbour],
+        spans: Sequence[Span] | None,
+    ) -> None:
+        self._index, self._shelf, self._near, self._spans = index, shelf, near, spans
         self.near_bytes = self.pack_bytes = 0
 
     def block(
         self, pool: ThreadPoolExecutor, block: int, descriptor: int, path: Path
     ) -> Iterator[int]:
         """Make a block's pages; the bytes up to which they are there, again and again."""
-        rows = self._index.rows(block)
         step = max(1, _PIECE // self._index.chunk_bytes)
         waiting: deque[tuple[int, Future[tuple[int, int]]]] = deque()
-        for first in range(rows.start, rows.stop, step):
-            piece = range(first, min(first + step, rows.stop))
-            at, length = self._index.span(block, piece[-1])
-            work = pool.submit(self._make, block, piece, descriptor, path)
-            waiting.append((at + length, work))
-            if len(waiting) >= _AHEAD:
-                yield self._made(*waiting.popleft())
+        for rows in self._wanted(block):
+            for first in range(rows.start, rows.stop, step):
+                piece = range(first, min(first + step, rows.stop))
+                at, length = self._index.span(block, piece[-1])
+                work = pool.submit(self._make, block, piece, descriptor, path)
+                waiting.append((at + length, work))
+                if len(waiting) >= _AHEAD:
+                    yield self._made(*waiting.popleft())
         while waiting:
             yield self._made(*waiting.popleft())
+
+    def _wanted(self, block: int) -> Iterator[range]:
+        """The rows that are to be made, in order."""
+        if self._spans is None:
+            yield self._index.rows(block)
+            return
+        for number, start, length in self._spans:
+            if number == block:
+                yield self._index.rows(block, start, length)
 
     def _made(self, end: int, work: Future[tuple[int, int]]) -> int:
         near, packs = work.result()

@@ -156,7 +156,9 @@ def fill(
     with shelf:
         near = [Path(one) for one in request.near]
         index = index_of(manifest, path)
-        return filling.fill(index, shelf, Path(request.to), near=near, on_progress=progress)
+        return filling.fill(
+            index, shelf, Path(request.to), near=near, spans=request.spans, on_progress=progress
+        )
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -85,9 +85,12 @@ class Index:
         """The number of the first chunk of the *block*-th block."""
         return self._first[block]
 
-    def rows(self, block: int) -> range:
-        """The rows of the *block*-th block."""
+    def rows(self, block: int, start: int = 0, length: int | None = None) -> range:
+        """The rows of the *block*-th block, or of those chunks that the part of it touches."""
         first, end = self._first[block], self._first[block + 1]
+        if length is not None:
+            end = min(end, first - (-(start + length) // self.chunk_bytes))
+        first += start // self.chunk_bytes
         return range(bisect_left(self.numbers, first), bisect_left(self.numbers, end))
 
     def span(self, block: int, row: int) -> tuple[int, int]:

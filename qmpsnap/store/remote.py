@@ -13,7 +13,7 @@ import msgspec
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
-from qmpsnap.store.filling import Filled
+from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import Id, StoreRoot
 from qmpsnap.store.talk import Talk
 
@@ -179,6 +179,7 @@ class Store:
         to: Path,
         *,
         near: Sequence[Path] = (),
+        spans: Sequence[Span] | None = None,
         seal: str | None = None,
         spool: Path | None = None,
         shared: Path | None = None,
@@ -193,6 +194,7 @@ class Store:
         request = wire.Fill(
             root=self._root(vm, id), vm=vm, id=str(id), seal=seal, to=_spelled(to),
             near=[_spelled(one) for one in near],
+            spans=None if spans is None else list(spans),
             spool=None if spool is None else _spelled(spool),
             shared=None if shared is None else _spelled(shared),
         )  # fmt: skip

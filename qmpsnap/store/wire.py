@@ -104,11 +104,14 @@ class Sweep(Request, frozen=True, kw_only=True):
 class Fill(Sealed, frozen=True, kw_only=True):
     """RAM is to be made again, in the folder *to*; *near* are folders that may have parts of it.
 
+    *spans*: of which parts only, in images that are there (block, start, length).
+
     *spool*, *shared*: the half is there yet, and packs of it in the other folder.
     """
 
     to: str
     near: list[str]
+    spans: list[tuple[int, int, int]] | None = None
     spool: str | None = None
     shared: str | None = None
 

@@ -1,0 +1,121 @@
+"""A snapshot's RAM that comes while its guest runs: what the guest waits for is fetched first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+
+from qmpsnap.engine.capture import Report
+from qmpsnap.engine.half import Pair
+from qmpsnap.errors import LocalFailed, SnapError, StoreError
+from qmpsnap.store import filling, pages
+from qmpsnap.store.files import told
+from qmpsnap.store.filling import Span
+
+log = logging.getLogger(__name__)
+_ASKED = 64 << 10  # bytes: QEMU asks for a page, and its neighbours are sent with it; no more
+_AROUND = 256 << 10  # bytes that are fetched when one of them is waited for
+_AGAIN = (0.2, 1.0, 5.0)  # seconds until a store that failed is asked again
+
+
+class Demand:
+    """Page *images* of a snapshot in a folder, being filled. See `vmstate.feed.Pages`.
+
+    A store that does not answer is asked again for as long as it takes: the guest stands still at
+    a page that is missing, and goes on when it has come.
+    """
+
+    def __init__(self, pair: Pair, quick: Pair, folder: Path, near: Sequence[Path]) -> None:
+        self._pair, self._quick, self._folder, self._near = pair, quick, folder, near
+        self._blocks = {one.block: n for n, one in enumerate(pair.manifest.ram.images)}
+        self._sizes = [one.bytes for one in pair.manifest.ram.images]
+        self._images = {one: filling.image(folder, n) for one, n in self._blocks.items()}
+        self._done = 0
+        self._moved = asyncio.Event()
+        self._failed: SnapError | None = None
+        self._turn = asyncio.Lock()
+        self._there: set[tuple[int, int]] = set()
+
+    @property
+    def images(self) -> Mapping[str, Path]:
+        return self._images
+
+    async def ready(self, block: str, start: int, length: int) -> None:
+        """Return once these bytes of *block* are in its image. Raises DamagedData, LocalFailed."""
+        number = self._blocks[block]
+        end = sum(self._sizes[:number]) + start + length
+        if length <= _ASKED:
+            await self._asked(number, start, length, end)
+            return
+        while self._done < end:
+            if self._failed is not None:
+                raise self._failed
+            await self._moved.wait()
+
+    async def _asked(self, number: int, start: int, length: int, end: int) -> None:
+        for at in range(start // _AROUND * _AROUND, start + length, _AROUND):
+            async with self._turn:
+                if self._done >= end or (number, at) in self._there:
+                    continue
+                size = min(_AROUND, self._sizes[number] - at)
+                await self._fetched(self._quick, [(number, at, size)], _silent)
+                self._there.add((number, at))
+
+    async def all(self) -> None:
+        """Fill the images from their first byte to their last."""
+        whole = [(number, 0, size) for number, size in enumerate(self._sizes)]
+
+        def tell(what: str, done: int, total: int) -> None:
+            self._reached(done)
+
+        try:
+            await self._fetched(self._pair, whole, tell)
+        except SnapError as failed:
+            self._failed = failed
+        self._reached(sum(self._sizes) if self._failed is None else 0)
+
+    def _reached(self, done: int) -> None:
+        self._done = max(self._done, done)
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def _fetched(self, pair: Pair, spans: Sequence[Span], report: Report) -> None:
+        for again in chain(_AGAIN, repeat(_AGAIN[-1])):
+            try:
+                await pair.fill(self._folder, report, near=self._near, spans=spans)
+                break
+            except StoreError as dead:
+                log.warning("the guest waits for its pages: %s", dead)
+                await asyncio.sleep(again)
+
+
+@asynccontextmanager
+async def coming(pair: Pair, folder: Path) -> AsyncIterator[Demand]:
+    """The page images of *pair* in *folder*, a new one, which fill in the block.
+
+    Raises LocalFailed.
+    """
+    with told(folder, LocalFailed):
+        await asyncio.to_thread(folder.mkdir, 0o700)
+    for number, one in enumerate(pair.manifest.ram.images):
+        await asyncio.to_thread(filling.hollow, filling.image(folder, number), one.bytes)
+    near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
+    # who waits for a page has a process of the store's own, which is there already
+    async with pair.roots.store.lasting() as store:
+        quick = replace(pair, roots=replace(pair.roots, store=store))
+        demand = Demand(pair, quick, folder, [path.parent for path in near])
+        task = asyncio.create_task(demand.all())
+        try:
+            yield demand
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """A report that nobody reads."""
