@@ -37,7 +37,8 @@ class Demand:
         self._images = {one: filling.image(folder, n) for one, n in self._blocks.items()}
         self._done = 0
         self._moved = asyncio.Event()
-        self._failed: SnapError | None = None
+        self.failed: SnapError | None = None
+        """Why there will be no more of them."""
         self._turn = asyncio.Lock()
         self._there: set[tuple[int, int]] = set()
 
@@ -53,8 +54,8 @@ class Demand:
             await self._asked(number, start, length, end)
             return
         while self._done < end:
-            if self._failed is not None:
-                raise self._failed
+            if self.failed is not None:
+                raise self.failed
             await self._moved.wait()
 
     async def _asked(self, number: int, start: int, length: int, end: int) -> None:
@@ -76,8 +77,8 @@ class Demand:
         try:
             await self._fetched(self._pair, whole, tell)
         except SnapError as failed:
-            self._failed = failed
-        self._reached(sum(self._sizes) if self._failed is None else 0)
+            self.failed = failed
+        self._reached(sum(self._sizes) if self.failed is None else 0)
 
     def _reached(self, done: int) -> None:
         self._done = max(self._done, done)
@@ -98,7 +99,7 @@ class Demand:
 async def coming(pair: Pair, folder: Path) -> AsyncIterator[Demand]:
     """The page images of *pair* in *folder*, a new one, which fill in the block.
 
-    Raises LocalFailed.
+    Raises LocalFailed, DamagedData, StoreError.
     """
     with told(folder, LocalFailed):
         await asyncio.to_thread(folder.mkdir, 0o700)
@@ -108,6 +109,7 @@ async def coming(pair: Pair, folder: Path) -> AsyncIterator[Demand]:
     # who waits for a page has a process of the store's own, which is there already
     async with pair.roots.store.lasting() as store:
         quick = replace(pair, roots=replace(pair.roots, store=store))
+        await quick.fill(folder, _silent, spans=[])  # the index is good, before a guest runs
         demand = Demand(pair, quick, folder, [path.parent for path in near])
         task = asyncio.create_task(demand.all())
         try:

@@ -260,6 +260,7 @@ def _files(found: Assessed, seen: Glanced) -> None:
         if entry.name.split("/")[0] in (tpm.NAME, tpm.FOLDER):
             continue  # with the TPM itself
         ram = entry.name == manifest.ram.file
+        ram |= entry.name == manifest.ram.index and not ramback.kept_here(found.pair)
         size = in_bytes(entry.bytes)
         if entry.name in seen.wrong and not (ram and not found.wish.cold):
             found.differs(entry.name, str(seen.wrong[entry.name]))

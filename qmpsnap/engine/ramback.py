@@ -15,7 +15,7 @@ from pathlib import Path
 from qmpsnap.engine import demand
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
-from qmpsnap.errors import DamagedData, LocalFailed
+from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.mapping import mapped
 from qmpsnap.hypervisor.monitor import Monitor
@@ -168,7 +168,10 @@ async def _on_demand(
         _small(pair, memory, to, report) as small,
         demand.coming(pair, memory.folder) as images,
     ):
-        await postcopy.postcopy(monitor, small, images, on_running=on_running, on_progress=tell)
+        try:
+            await postcopy.postcopy(monitor, small, images, on_running=on_running, on_progress=tell)
+        except GuestLacksPages as lacks:
+            raise (images.failed or lacks) from lacks
     return ""
 
 
