@@ -1,0 +1,77 @@
+"""RAM that is stored once comes back from where it is: kept here, or on the store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qmpsnap import Engine, Machine
+from qmpsnap.engine.restore import Restoration
+from qmpsnap.engine.wishes import Wishes
+from tests.rig.graph import status
+from tests.rig.guest import agrees, back, booted
+from tests.rig.qemu import binary
+
+pytestmark = pytest.mark.guest
+PATIENT = Wishes(max_pause=30)  # no test of the pause
+
+
+async def fresh(engine: Engine, id: str) -> int:
+    """The bytes of RAM that the snapshot brought, with the index that tells of all of it."""
+    manifest = (await engine.show("web", id)).manifest
+    assert manifest.ram.index is not None
+    index = next(one for one in manifest.files if one.name == manifest.ram.index)
+    return index.bytes + sum(pack.bytes for pack in manifest.packs if pack.fresh)
+
+
+@pytest.mark.timeout(600)
+async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    local = short / "local/web"
+    async with booted(binary("11.1"), short) as guest:
+        machine = Machine("web", guest.qmp, guest.agent)
+        first = await engine.create(machine, PATIENT)
+        before = await guest.console.witness(within=60)
+        second = await engine.create(machine, PATIENT)
+        assert await status(guest.qemu.witness) == "running"
+    # an idle guest has changed next to nothing
+    whole, part = await fresh(engine, first.id), await fresh(engine, second.id)
+    assert part * 20 <= whole, (part, whole)
+    # the pages of the newest are here, and only those
+    assert [one.name for one in (local / "ram").iterdir()] == [second.id]
+    images = {path: path.read_bytes() for path in (local / "ram" / second.id).glob("*.pages")}
+    assert images
+    async with back(engine, "web", Restoration(short / "one")) as (one, console):
+        assert one.ram == "mapped"
+        here = await console.witness(within=60)
+        assert here.ok
+        # one that came back is a machine as any other, and what it never touched is in its RAM too
+        again = Machine("web", one.machine.qmp, one.machine.agent)
+        third = await engine.create(again, Wishes(max_pause=30, rebind=True))
+    assert await fresh(engine, third.id) * 5 <= whole
+    assert {path: path.read_bytes() for path in images if path.exists()} == {}
+    # who brought the pages is deleted: the others have what they need of them
+    await engine.delete(machine, first.id)
+    shutil.rmtree(local / "ram")
+    for id, eager, way in (
+        (third.id, False, "demand"),
+        (second.id, False, "demand"),
+        (third.id, True, "stream"),
+    ):
+        wish = Restoration(short / f"{way}-{id[-4:]}", eager=eager)
+        async with back(engine, "web", wish, id) as (restored, console):
+            assert restored.ram == way
+            found = await console.witness(within=60)
+        assert found.ok, found
+        assert found.nonce == before.nonce
+        assert found.ram >= (before if id == second.id else here).ram
+    for entry in await engine.list("web"):
+        assert (await engine.verify("web", entry.id)).findings == []
+    # with nothing kept here a snapshot still knows what the store has
+    async with back(engine, "web", Restoration(short / "last"), third.id) as (last, _):
+        again = Machine("web", last.machine.qmp, last.machine.agent)
+        fourth = await engine.create(again, Wishes(max_pause=30, rebind=True))
+    assert await fresh(engine, fourth.id) * 5 <= whole
+    await agrees(engine, "web", Restoration(short / "fourth"), here)
