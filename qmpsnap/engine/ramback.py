@@ -19,8 +19,6 @@ from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.mapping import mapped
 from qmpsnap.hypervisor.monitor import Monitor
-from qmpsnap.hypervisor.vmstate import postcopy
-from qmpsnap.hypervisor.vmstate.join import join
 from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.store import files, filling, pages
 from qmpsnap.store.ramindex import NAME as INDEX
@@ -157,6 +155,8 @@ async def _on_demand(
     report: Report,
 ) -> str:
     """Why this QEMU cannot do that; empty if all RAM has come."""
+    from qmpsnap.hypervisor.vmstate import postcopy  # numpy: most verbs need none
+
     assert memory.folder is not None
 
     def tell(done: int, total: int) -> None:
@@ -180,6 +180,8 @@ async def _fed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) ->
     if not memory.joined:
         await pair.load(fd, report, near=_near(memory))
         return
+    from qmpsnap.hypervisor.vmstate.join import join  # numpy, too
+
     images = {block: path for block, path in memory.images.items() if block in memory.joined}
 
     def tell(done: int, total: int) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,12 +20,14 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import LocalFailed, SnapError, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
-from qmpsnap.hypervisor.vmstate.split import Split, split
 from qmpsnap.store import chunking, files, filling, local, pack, pages
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
 from qmpsnap.store.ramindex import Index
+
+if TYPE_CHECKING:
+    from qmpsnap.hypervisor.vmstate.split import Split
 
 log = logging.getLogger(__name__)
 _INDEX_LIMIT = 1 << 30  # bytes: of a guest of a few TiB
@@ -149,6 +152,8 @@ async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
 
 
 async def _split(raw: Path, work: Path, report: Report) -> Split:
+    from qmpsnap.hypervisor.vmstate.split import split  # numpy: most verbs need none
+
     def tell(done: int, total: int) -> None:
         report("sorting RAM", done, total)
 

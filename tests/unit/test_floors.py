@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -127,3 +129,10 @@ def test_the_scripts_of_their_own_stand_on_the_standard_library_alone(
 )
 def test_the_rule_sees_what_breaks_it(module: str, imported: str) -> None:
     assert _upward({module: {imported}}) == [f"{module} imports {imported}"]
+
+
+def test_numpy_is_loaded_by_what_needs_it() -> None:
+    """It takes as long as all the rest: a verb that moves no RAM goes without."""
+    said = "import sys, qmpsnap.engine.engine; print('numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
