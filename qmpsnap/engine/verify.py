@@ -23,7 +23,8 @@ from qmpsnap.errors import (
     VmBusy,
     VmUnknown,
 )
-from qmpsnap.store import files, local
+from qmpsnap.host.priority import in_background
+from qmpsnap.store import files, local, pages
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import STORAGE
 from qmpsnap.store.manifest import Manifest, Paired, decode
@@ -125,10 +126,10 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
     def tell(done: int, total: int, what: str) -> None:
         report("verifying", done, total)
 
-    roots, findings = pair.roots, []
+    roots, findings = pair.roots, await _of_the_pages(pair, tell)
     if not pair.spooled:
         problems = await roots.store.verify(pair.vm, pair.id, seal=pair.seal, on_progress=tell)
-        return [Finding(where=problem.file, what=problem.what) for problem in problems]
+        return findings + [Finding(where=one.file, what=one.what) for one in problems]
     for one in pair.plain:
         path = pair.spooled_at(one)
         try:
@@ -137,6 +138,17 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
             findings.append(Finding(where=one.name, what=str(damaged)))
     problems = await pair.packs(whole=True, tell=tell)
     return findings + [Finding(where=problem.file, what=problem.what) for problem in problems]
+
+
+async def _of_the_pages(pair: Pair, tell: files.Progress) -> list[Finding]:
+    """What is wrong with the page images that are kept here: a restore would take them."""
+    if (name := pair.manifest.ram.index) is None:
+        return []
+    folder = pair.roots.local.ram(pair.vm, pair.id)
+    wrong = await in_background(pages.wrong, folder, pair.entry(name).blake3, tell)
+    if wrong:
+        wrong.append(f"{folder}: may be removed, the store has all of it")
+    return [Finding(where="pages", what=one) for one in wrong]
 
 
 async def _of_the_store(roots: Roots, entry: Entry) -> list[Finding]:

@@ -14,17 +14,28 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from blake3 import blake3
 
-from qmpsnap.errors import DamagedData, LocalFailed, SnapError
+from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
-from qmpsnap.store.files import digest_file, publish, read_small, sync_folder, told
+from qmpsnap.store.files import (
+    Progress,
+    digest_file,
+    opened,
+    publish,
+    read_small,
+    sync_folder,
+    told,
+)
 from qmpsnap.store.filling import INDEX
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.manifest import Digest, Image, Size
+from qmpsnap.store.ramindex import Index
 
 NOTE = "pages.json"
+_INDEX_LIMIT = 1 << 30  # bytes
 _FORMAT, _NEWEST = "qmpsnap-pages", 1
 
 
@@ -130,18 +141,32 @@ def forget(root: LocalRoot, vm: str, id: str) -> None:
             shutil.rmtree(folder)
 
 
-def wrong(folder: Path, id: str) -> list[tuple[str, str]]:
-    """The files of *folder* that are not as they were sealed, and why; none without a note."""
-    if not (folder / NOTE).exists():
-        return []
+def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) -> list[str]:
+    """Why the page images in *folder* are not what the index says, all of them read.
+
+    Nothing is wrong where none are kept, nor with those that no restore would take. Raises
+    LocalFailed.
+    """
     try:
-        pages = read(folder)
-    except SnapError as odd:
-        return [(NOTE, str(odd))]
-    if pages.id != id:
-        return [(NOTE, f"names the snapshot {pages.id}")]
-    told_of = [(Path(one.image.path).name, changed(one.image)) for one in pages.images]
-    return [(name, why) for name, why in told_of if why is not None]
+        pages = found(folder, index_blake3)
+        path = folder / INDEX
+        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_LIMIT), path)
+    except (DamagedData, LocalFailed):
+        return []
+    troubles, done = [], 0
+    total = sum(block.bytes for block in index.blocks)
+    for number, one in enumerate(pages.images):
+        path, lost = Path(one.image.path), 0
+        with opened(path, LocalFailed) as descriptor:
+            for row in index.rows(number):
+                at, length = index.span(number, row)
+                lost += blake3(os.pread(descriptor, length, at)).digest() != index.digest(row)
+                if on_progress is not None:
+                    on_progress(done + at, total, f"reading {path.name}")
+        done += index.blocks[number].bytes
+        if lost:
+            troubles.append(f"{path}: {lost} chunks are not what the index says (BLAKE3)")
+    return troubles
 
 
 def _only_index(folder: Path) -> None:

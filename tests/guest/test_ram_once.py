@@ -10,6 +10,7 @@ import pytest
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Wishes
+from tests.guest.test_damage import flipped, harmed
 from tests.rig.graph import status
 from tests.rig.guest import agrees, back, booted
 from tests.rig.qemu import binary
@@ -24,6 +25,11 @@ async def fresh(engine: Engine, id: str) -> int:
     assert manifest.ram.index is not None
     index = next(one for one in manifest.files if one.name == manifest.ram.index)
     return index.bytes + sum(pack.bytes for pack in manifest.packs if pack.fresh)
+
+
+def _content(image: bytes) -> int:
+    """Where there is content, beyond the part that is looked at each time."""
+    return next(at for at in range(1 << 20, len(image), 4096) if any(image[at : at + 4096]))
 
 
 @pytest.mark.timeout(600)
@@ -43,6 +49,11 @@ async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
     assert [one.name for one in (local / "ram").iterdir()] == [second.id]
     images = {path: path.read_bytes() for path in (local / "ram" / second.id).glob("*.pages")}
     assert images
+    # a page that is not what it was, and nothing else tells of it
+    image = max(images, key=lambda path: path.stat().st_blocks)
+    with harmed(image, flipped(_content(images[image]))):
+        found = (await engine.verify("web")).findings
+        assert any(str(image) in one.what for one in found), found
     async with back(engine, "web", Restoration(short / "one")) as (one, console):
         assert one.ram == "mapped"
         here = await console.witness(within=60)
