@@ -1,0 +1,177 @@
+"""How long a captured guest takes to run again: QEMU's own ways, then ours, in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qmpsnap.engine.restore import Ready, Restoration
+from qmpsnap.hypervisor.machine.cmdline import parse
+from scripts.bare import Qmp, at
+from scripts.bare_restore import Form, Whole
+from scripts.ram_scene import VM, Captured
+
+FLOOR = "QEMU -incoming"
+Making = Callable[[Path], Form | None]
+_LONGEST = 600.0  # seconds until all RAM is local
+
+
+@dataclass(slots=True)
+class Row:
+    """One way of doing it: each list has a figure a run, in milliseconds.
+
+    *running*: from the start of QEMU's process to RESUME. *verb*: from our first step to what the
+    caller gets, *local*: to all RAM being QEMU's own or in a file on this host; only ours have
+    these.
+    """
+
+    qemu: str
+    ram_mib: int
+    way: str
+    running: list[float] = field(default_factory=list)
+    verb: list[float] = field(default_factory=list)
+    local: list[float] = field(default_factory=list)
+
+
+def engine_maps() -> bool:
+    """Whether the engine restores from page images."""
+    return "eager" in {one.name for one in fields(Restoration)}
+
+
+async def restores(it: Captured, version: str, repeat: int) -> list[Row]:
+    """Every way *repeat* times; the floor before and after all others."""
+    floor = Row(version, it.whole.mib, FLOOR)
+    rows = [floor]
+    await asyncio.to_thread(_bare, it, floor, lambda folder: it.whole.form, repeat)
+    for way, made in _forms(it.whole, version).items():
+        row = Row(version, it.whole.mib, way)
+        await asyncio.to_thread(_bare, it, row, made, repeat)
+        if row.running:
+            rows.append(row)
+    for way, eager, cold in _ours():
+        row = Row(version, it.whole.mib, way)
+        for _ in range(repeat):
+            await _engine(it, row, eager=eager, cold=cold)
+        rows.append(row)
+    await asyncio.to_thread(_bare, it, floor, lambda folder: it.whole.form, repeat)
+    return rows
+
+
+def _forms(whole: Whole, version: str) -> dict[str, Making]:
+    both: dict[str, Making] = {
+        "QEMU mapped-ram, multifd": whole.mapped_ram,
+        "QEMU x-ignore-shared": whole.template,
+        "QEMU loadvm": whole.internal,
+        "mapped, bare": functools.partial(mapped, whole),
+    }
+    return {way: made for way, made in both.items() if version != "7.2" or "mapped-ram" not in way}
+
+
+def _ours() -> list[tuple[str, bool, bool]]:
+    """Our ways: name, whether eager, whether without what this host has kept."""
+    if not engine_maps():
+        return [("qmpsnap", False, False)]
+    return [
+        ("qmpsnap, mapped", False, False),
+        ("qmpsnap --eager", True, False),
+        ("qmpsnap, cold", False, True),
+    ]
+
+
+def mapped(whole: Whole, folder: Path) -> Form | None:
+    """The page image of the RAM and the stream that is left; None without a splitter."""
+    try:
+        from qmpsnap.hypervisor.vmstate.split import split
+    except ModuleNotFoundError:
+        return None
+    with whole.stream.open("rb") as file:
+        parts = split(file.fileno(), folder)
+    [image] = parts.images
+    return Form(whole.disk, parts.stream, image.path)
+
+
+def _bare(it: Captured, row: Row, made: Making, repeat: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="f", dir=it.folder) as name:
+        form = made(Path(name))
+        if form is None:
+            return
+        for _ in range(repeat):
+            form.warm()
+            with it.whole.started(form) as one:
+                row.running.append(one.resumed())
+
+
+async def _engine(it: Captured, row: Row, *, eager: bool, cold: bool) -> None:
+    if cold:
+        shutil.rmtree(it.engine.roots.local.vm(VM) / "ram")
+    folder = it.folder / "r"
+    more: dict[str, Any] = {"eager": True} if eager else {}
+    wish = Restoration(folder, **more)
+    begun = time.time()
+    ready = await it.engine.prepare_restore(VM, wish, it.id)
+    with _watching(folder / "witness", ready.qmp) as seen:
+        async with it.engine.restored(_watchable(ready, folder / "witness")):
+            row.verb.append((time.time() - begun) * 1000)
+            await asyncio.to_thread(seen.join, _LONGEST)
+    assert seen.resumed is not None, "no RESUME was seen"
+    assert seen.local is not None, "the RAM was not all here in time"
+    row.running.append((seen.resumed - seen.bound) * 1000)
+    row.local.append((max(seen.local, seen.resumed) - begun) * 1000)
+    shutil.rmtree(folder)
+
+
+def _watchable(ready: Ready, monitor: Path) -> Ready:
+    """The same machine with a second *monitor*: the first is the engine's."""
+    words = ["-chardev", f"socket,id=watch,path={monitor},server=on,wait=off"]
+    line = parse([*ready.argv, *words, "-mon", "chardev=watch,mode=control"])
+    return replace(ready, relocated=replace(ready.relocated, cmdline=line))
+
+
+class _Watch(threading.Thread):
+    """Looks on at a machine that is yet to be started, over its second monitor."""
+
+    def __init__(self, monitor: Path, first: Path) -> None:
+        super().__init__(daemon=True)
+        self._monitor, self._first = monitor, first
+        self.over = threading.Event()
+        self.bound = 0.0
+        self.resumed: float | None = None
+        self.local: float | None = None
+
+    def run(self) -> None:
+        while (qmp := self._connected()) is None:
+            if self.over.wait(0.001):
+                return
+        with contextlib.suppress(ConnectionError):  # it ended before it ran
+            # this socket is bound right before the process starts
+            self.bound = self._first.stat().st_mtime
+            self.resumed = at(qmp.event("RESUME"))
+            while qmp.status() != "completed" and not self.over.wait(0.002):
+                pass
+            self.local = time.time()
+        qmp.close()
+
+    def _connected(self) -> Qmp | None:
+        with contextlib.suppress(OSError):
+            return Qmp(self._monitor)
+        return None
+
+
+@contextlib.contextmanager
+def _watching(monitor: Path, first: Path) -> Iterator[_Watch]:
+    watch = _Watch(monitor, first)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.over.set()
+        watch.join()
