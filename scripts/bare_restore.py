@@ -42,7 +42,7 @@ class Form:
     def warm(self) -> None:
         """Have all that is read in the page cache."""
         for path in filter(None, (self.ram, self.stream or self.disk)):
-            _read(path)
+            warm(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +219,8 @@ def _process(argv: list[str], folder: Path) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def _read(path: Path) -> None:
-    """Read the data of *path*, and none of its holes."""
+def warm(path: Path) -> None:
+    """Have the data of *path* in the page cache, and none of its holes."""
     piece = bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         fd, end, at = file.fileno(), path.stat().st_size, 0

@@ -29,47 +29,50 @@ Rows = Sequence[ram_restores.Row | ram_series.Row | ram_clones.Row]
 Line = list[str]
 
 
-def _restores(rows: Sequence[ram_restores.Row], least: dict[str, float]) -> list[Line]:
+def restore_table(rows: Sequence[ram_restores.Row], least: dict[str, float]) -> list[Line]:
     """Medians and ratios to the floor; *least* has each way's figure at the smallest RAM."""
     head = ["way", "to RESUME ms", "least-most", "x QEMU", "x least RAM"]
     lines = [[*head, "verb ms", "x QEMU", "all local ms", "x QEMU"]]
-    floor = statistics.median(rows[0].running)
+    floor = statistics.median(rows[0].resume_ms)
     for row in rows:
-        running = statistics.median(row.running)
+        running = statistics.median(row.resume_ms)
         first = least.setdefault(row.way, running)
-        cells = [f"{running:.1f}", f"{min(row.running):.1f}-{max(row.running):.1f}"]
+        cells = [f"{running:.1f}", f"{min(row.resume_ms):.1f}-{max(row.resume_ms):.1f}"]
         cells += [f"{running / floor:.3f}", f"{running / first:.2f}"]
-        for values in (row.verb, row.local):
+        for values in (row.verb_ms, row.local_ms):
             middle = statistics.median(values) if values else None
             cells += ["", ""] if middle is None else [f"{middle:.1f}", f"{middle / floor:.3f}"]
         lines.append([row.way, *cells])
     return lines
 
 
-def _series(rows: Sequence[ram_series.Row]) -> list[Line]:
+def series_table(rows: Sequence[ram_series.Row]) -> list[Line]:
     """The first snapshot, the median of those after it, and their sum."""
     head = ["way", "first MiB", "next MiB", "least-most", "x first", "all MiB", "x zstd"]
     lines = [[*head, "first s", "next s", "x zstd"]]
     floor = rows[0]
     for row in rows:
-        first, *rest = (size / _MIB for size in row.shipped)
-        middle, total = statistics.median(rest), sum(row.shipped)
+        first, *rest = (size / _MIB for size in row.shipped_bytes)
+        middle, total = statistics.median(rest), sum(row.shipped_bytes)
         cells = [f"{first:.1f}", f"{middle:.2f}", f"{min(rest):.2f}-{max(rest):.2f}"]
         cells += [f"{middle / first:.3f}", f"{total / _MIB:.1f}"]
-        cells += [f"{total / sum(floor.shipped):.3f}"]
+        cells += [f"{total / sum(floor.shipped_bytes):.3f}"]
         next_s, base_s = (statistics.median(one.seconds[1:]) for one in (row, floor))
         cells += [f"{row.seconds[0]:.2f}", f"{next_s:.2f}", f"{next_s / base_s:.2f}"]
         lines.append([row.way, *cells])
     return lines
 
 
-def _clones(rows: Sequence[ram_clones.Row]) -> list[Line]:
+def clones_table(rows: Sequence[ram_clones.Row]) -> list[Line]:
     lines = [["way", "PSS MiB each", "least-most", "own MiB", "of files MiB", "all MiB", "x QEMU"]]
-    floor = sum(rows[0].pss)
+    floor = sum(rows[0].pss_mib)
     for row in rows:
-        cells = [f"{statistics.median(row.pss):.1f}", f"{min(row.pss):.1f}-{max(row.pss):.1f}"]
-        cells += [f"{statistics.median(part):.1f}" for part in (row.own, row.shared)]
-        cells += [f"{sum(row.pss):.0f}", f"{sum(row.pss) / floor:.3f}"]
+        cells = [
+            f"{statistics.median(row.pss_mib):.1f}",
+            f"{min(row.pss_mib):.1f}-{max(row.pss_mib):.1f}",
+        ]
+        cells += [f"{statistics.median(part):.1f}" for part in (row.own_mib, row.files_mib)]
+        cells += [f"{sum(row.pss_mib):.0f}", f"{sum(row.pss_mib) / floor:.3f}"]
         lines.append([row.way, *cells])
     return lines
 
@@ -77,6 +80,13 @@ def _clones(rows: Sequence[ram_clones.Row]) -> list[Line]:
 def _markdown(title: str, lines: list[Line]) -> str:
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([f"### {title}", "", head, "|---" * len(lines[0]) + "|", *body, ""])
+
+
+def _plain(row: ram_restores.Row | ram_series.Row | ram_clones.Row) -> dict[str, object]:
+    """*row* for programs: every run's figure, none where there is nothing to measure."""
+    facts = dataclasses.asdict(row).items()
+    lists = {name: [round(one, 3) for one in it] or None for name, it in facts if type(it) is list}
+    return dict(facts) | lists
 
 
 class Report:
@@ -89,7 +99,7 @@ class Report:
 
     def add(self, what: str, title: str, rows: Rows, lines: list[Line]) -> None:
         self.tables.append(_markdown(title, lines))
-        self.figures.setdefault(what, []).extend(map(dataclasses.asdict, rows))
+        self.figures.setdefault(what, []).extend(map(_plain, rows))
         print(self.tables[-1], file=self._out, flush=True)
 
     def json(self) -> str:
@@ -97,31 +107,29 @@ class Report:
         return json.dumps(head | self.figures, indent=1)
 
 
-async def run(options: argparse.Namespace, report: Report) -> None:
-    for version in options.qemu:
+async def run(wanted: argparse.Namespace, report: Report) -> None:
+    for version in wanted.qemu:
         least: dict[str, float] = {}
-        for mib in options.ram if "restore" in options.what else []:
-            _refuse_full(options.folder, mib)
-            async with ram_scene.captured(version, mib, options.folder) as it:
-                rows = await ram_restores.restores(it, version, options.repeat)
+        for mib in wanted.ram if "restore" in wanted.what else []:
+            _refuse_full(wanted.folder, mib)
+            async with ram_scene.captured(version, mib, wanted.folder) as it:
+                rows = await ram_restores.restores(it, wanted.repeat)
             title = f"Restore, QEMU {version}, {mib} MiB"
-            report.add("restore", title, rows, _restores(rows, least))
-        for load in options.load if "series" in options.what else []:
-            mib = options.series_ram
-            _refuse_full(options.folder, mib * 2)
-            async with ram_scene.running(version, mib, options.folder, free=80) as guest:
-                taken = await ram_series.series(
-                    guest, version, mib, load, options.snapshots, options.interval
-                )
-            title = f"{options.snapshots} snapshots, QEMU {version}, {mib} MiB, {load}"
-            report.add("series", title, taken, _series(taken))
-        if "clones" in options.what:
-            mib = ram_clones.affordable(options.clones_ram, options.clones)
-            _refuse_full(options.folder, mib)
-            async with ram_scene.captured(version, mib, options.folder) as it:
-                back = await ram_clones.clones(it, version, options.clones, options.settle)
-            title = f"{options.clones} clones, QEMU {version}, {mib} MiB"
-            report.add("clones", title, back, _clones(back))
+            report.add("restore", title, rows, restore_table(rows, least))
+        for load in wanted.load if "series" in wanted.what else []:
+            mib = wanted.series_ram
+            _refuse_full(wanted.folder, mib * 2)
+            async with ram_scene.running(version, mib, wanted.folder, free=80) as guest:
+                taken = await ram_series.series(guest, load, wanted.snapshots, wanted.interval)
+            title = f"{wanted.snapshots} snapshots, QEMU {version}, {mib} MiB, {load}"
+            report.add("series", title, taken, series_table(taken))
+        if "clones" in wanted.what:
+            mib = ram_clones.affordable(wanted.clones_ram, wanted.clones)
+            _refuse_full(wanted.folder, mib)
+            async with ram_scene.captured(version, mib, wanted.folder) as it:
+                back = await ram_clones.clones(it, wanted.clones, wanted.settle)
+            title = f"{wanted.clones} clones, QEMU {version}, {mib} MiB"
+            report.add("clones", title, back, clones_table(back))
 
 
 def _refuse_full(folder: Path, mib: int) -> None:
@@ -131,7 +139,8 @@ def _refuse_full(folder: Path, mib: int) -> None:
         raise SystemExit(f"{folder}: {free} MiB are free, and {mib} MiB of RAM need {needed}")
 
 
-def main(words: list[str]) -> None:
+def options(words: list[str]) -> argparse.Namespace:
+    """What is to be measured. Raises SystemExit for words that make no sense."""
     parser = argparse.ArgumentParser(prog="bench ram", description=__doc__)
     parts = ["restore", "series", "clones"]
     parser.add_argument("--what", nargs="+", default=parts, choices=parts)
@@ -142,7 +151,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--snapshots", type=int, default=10)
     parser.add_argument("--interval", type=float, default=10, help="seconds between snapshots")
     parser.add_argument("--load", nargs="+", default=_LOADS)
-    parser.add_argument("--clones-ram", type=int, default=1024, help="MiB; 256 if short of memory")
+    parser.add_argument("--clones-ram", type=int, default=1024, help="MiB; less if short of memory")
     parser.add_argument("--clones", type=int, default=20)
     parser.add_argument("--settle", type=float, default=10, help="seconds that the clones run")
     parser.add_argument("--qemu", nargs="+", default=["11.1"], choices=list(binaries()))
@@ -150,14 +159,19 @@ def main(words: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="256 MiB, few of everything")
     parser.add_argument("--json", action="store_true", help="the figures, on stdout at the end")
     parser.add_argument("--output", type=Path, help="the tables as Markdown")
-    quick = "--quick" in words
-    parser.set_defaults(**_QUICK if quick else {})
-    options = parser.parse_args(words)
-    if options.snapshots < 2:
+    if "--quick" in words:
+        parser.set_defaults(**_QUICK)
+    chosen = parser.parse_args(words)
+    if chosen.snapshots < 2:
         parser.error("--snapshots: a series has two at least")
-    report = Report(quiet=options.json)
-    asyncio.run(run(options, report))
-    if options.json:
+    return chosen
+
+
+def main(words: list[str]) -> None:
+    chosen = options(words)
+    report = Report(quiet=chosen.json)
+    asyncio.run(run(chosen, report))
+    if chosen.json:
         print(report.json())
-    if options.output:
-        options.output.write_text("\n".join(report.tables))
+    if chosen.output:
+        chosen.output.write_text("\n".join(report.tables))

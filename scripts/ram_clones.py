@@ -24,24 +24,28 @@ _RESERVE = 1500  # MiB that the host keeps
 class Row:
     """One way of doing it: MiB of each clone by /proc/PID/smaps_rollup.
 
-    *pss* in all, a page that n processes share counting as an nth in each; *own* is the part that
-    no file has (what a clone has written, and QEMU's own), *shared* the part of files.
+    *pss_mib* in all, a page that n processes share counting as an nth in each; *own_mib*: the part
+    that no file has (what a clone has written, and QEMU's own), *files_mib*: the part of files.
     """
 
     qemu: str
     ram_mib: int
     way: str
-    pss: list[float] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)
-    shared: list[float] = field(default_factory=list)
+    pss_mib: list[float] = field(default_factory=list)
+    own_mib: list[float] = field(default_factory=list)
+    files_mib: list[float] = field(default_factory=list)
 
 
 def affordable(mib: int, count: int) -> int:
-    """*mib*, or 256 if *count* guests of that size would not fit into this host's memory."""
-    return mib if mib * count + _RESERVE < psutil.virtual_memory().available / _MIB else 256
+    """*mib*, or as many times half of it as *count* guests of that size fit into this host."""
+    free = psutil.virtual_memory().available / _MIB - _RESERVE
+    # QEMU's own memory comes to that of the guest
+    while mib > 256 and (mib * 1.1 + 30) * count > free:
+        mib //= 2
+    return mib
 
 
-async def clones(it: Captured, version: str, count: int, settle: float) -> list[Row]:
+async def clones(it: Captured, count: int, settle: float) -> list[Row]:
     """*count* at a time, *settle* seconds after the last of them has begun to run."""
     rows = []
     ways: dict[str, Making] = {
@@ -49,7 +53,7 @@ async def clones(it: Captured, version: str, count: int, settle: float) -> list[
         "mapped, bare": functools.partial(mapped, it.whole),
     }
     for way, made in ways.items():
-        row = Row(version, it.whole.mib, way)
+        row = Row(it.version, it.whole.mib, way)
         with contextlib.ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix="f", dir=it.folder))
             form = await asyncio.to_thread(made, Path(name))
@@ -59,7 +63,7 @@ async def clones(it: Captured, version: str, count: int, settle: float) -> list[
             await _settled(row, pids, settle)
         rows.append(row)
     if engine_maps():
-        row = Row(version, it.whole.mib, "qmpsnap, mapped")
+        row = Row(it.version, it.whole.mib, "qmpsnap, mapped")
         async with contextlib.AsyncExitStack() as both:
             pids = []
             for number in range(count):
@@ -84,9 +88,9 @@ async def _settled(row: Row, pids: list[int], settle: float) -> None:
     await asyncio.sleep(settle)
     # one after the other changes nothing: a page that two share is shared in both's figures
     for kib in map(_rollup, pids):
-        row.pss.append(kib["Pss"] / 1024)
-        row.own.append(kib["Pss_Anon"] / 1024)
-        row.shared.append((kib["Pss_File"] + kib["Pss_Shmem"]) / 1024)
+        row.pss_mib.append(kib["Pss"] / 1024)
+        row.own_mib.append(kib["Pss_Anon"] / 1024)
+        row.files_mib.append((kib["Pss_File"] + kib["Pss_Shmem"]) / 1024)
 
 
 def _rollup(pid: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from qmpsnap.engine.restore import Ready, Restoration
 from qmpsnap.hypervisor.machine.cmdline import parse
 from scripts.bare import Qmp, at
-from scripts.bare_restore import Form, Whole
+from scripts.bare_restore import Form, Whole, warm
 from scripts.ram_scene import VM, Captured
 
 FLOOR = "QEMU -incoming"
@@ -29,17 +29,17 @@ _LONGEST = 600.0  # seconds until all RAM is local
 class Row:
     """One way of doing it: each list has a figure a run, in milliseconds.
 
-    *running*: from the start of QEMU's process to RESUME. *verb*: from our first step to what the
-    caller gets, *local*: to all RAM being QEMU's own or in a file on this host; only ours have
-    these.
+    *resume_ms*: from the start of QEMU's process to RESUME. Of ours alone, from the first step of
+    the verb: *verb_ms* until the caller has the machine, *local_ms* until all RAM is QEMU's own
+    or in a file on this host.
     """
 
     qemu: str
     ram_mib: int
     way: str
-    running: list[float] = field(default_factory=list)
-    verb: list[float] = field(default_factory=list)
-    local: list[float] = field(default_factory=list)
+    resume_ms: list[float] = field(default_factory=list)
+    verb_ms: list[float] = field(default_factory=list)
+    local_ms: list[float] = field(default_factory=list)
 
 
 def engine_maps() -> bool:
@@ -47,18 +47,18 @@ def engine_maps() -> bool:
     return "eager" in {one.name for one in fields(Restoration)}
 
 
-async def restores(it: Captured, version: str, repeat: int) -> list[Row]:
+async def restores(it: Captured, repeat: int) -> list[Row]:
     """Every way *repeat* times; the floor before and after all others."""
-    floor = Row(version, it.whole.mib, FLOOR)
+    floor = Row(it.version, it.whole.mib, FLOOR)
     rows = [floor]
     await asyncio.to_thread(_bare, it, floor, lambda folder: it.whole.form, repeat)
-    for way, made in _forms(it.whole, version).items():
-        row = Row(version, it.whole.mib, way)
+    for way, made in _forms(it).items():
+        row = Row(it.version, it.whole.mib, way)
         await asyncio.to_thread(_bare, it, row, made, repeat)
-        if row.running:
+        if row.resume_ms:
             rows.append(row)
     for way, eager, cold in _ours():
-        row = Row(version, it.whole.mib, way)
+        row = Row(it.version, it.whole.mib, way)
         for _ in range(repeat):
             await _engine(it, row, eager=eager, cold=cold)
         rows.append(row)
@@ -66,14 +66,13 @@ async def restores(it: Captured, version: str, repeat: int) -> list[Row]:
     return rows
 
 
-def _forms(whole: Whole, version: str) -> dict[str, Making]:
-    both: dict[str, Making] = {
-        "QEMU mapped-ram, multifd": whole.mapped_ram,
-        "QEMU x-ignore-shared": whole.template,
-        "QEMU loadvm": whole.internal,
-        "mapped, bare": functools.partial(mapped, whole),
+def _forms(it: Captured) -> dict[str, Making]:
+    newer: dict[str, Making] = {"QEMU mapped-ram, multifd": it.whole.mapped_ram}
+    return (newer if it.version != "7.2" else {}) | {
+        "QEMU x-ignore-shared": it.whole.template,
+        "QEMU loadvm": it.whole.internal,
+        "mapped, bare": functools.partial(mapped, it.whole),
     }
-    return {way: made for way, made in both.items() if version != "7.2" or "mapped-ram" not in way}
 
 
 def _ours() -> list[tuple[str, bool, bool]]:
@@ -107,25 +106,27 @@ def _bare(it: Captured, row: Row, made: Making, repeat: int) -> None:
         for _ in range(repeat):
             form.warm()
             with it.whole.started(form) as one:
-                row.running.append(one.resumed())
+                row.resume_ms.append(one.resumed())
 
 
 async def _engine(it: Captured, row: Row, *, eager: bool, cold: bool) -> None:
+    kept, folder = it.engine.roots.local.vm(VM) / "ram", it.folder / "r"
     if cold:
-        shutil.rmtree(it.engine.roots.local.vm(VM) / "ram")
-    folder = it.folder / "r"
+        shutil.rmtree(kept, ignore_errors=True)
+    for path in await asyncio.to_thread(lambda: list(kept.rglob("*.pages"))):
+        await asyncio.to_thread(warm, path)
     more: dict[str, Any] = {"eager": True} if eager else {}
     wish = Restoration(folder, **more)
     begun = time.time()
     ready = await it.engine.prepare_restore(VM, wish, it.id)
     with _watching(folder / "witness", ready.qmp) as seen:
         async with it.engine.restored(_watchable(ready, folder / "witness")):
-            row.verb.append((time.time() - begun) * 1000)
+            row.verb_ms.append((time.time() - begun) * 1000)
             await asyncio.to_thread(seen.join, _LONGEST)
     assert seen.resumed is not None, "no RESUME was seen"
     assert seen.local is not None, "the RAM was not all here in time"
-    row.running.append((seen.resumed - seen.bound) * 1000)
-    row.local.append((max(seen.local, seen.resumed) - begun) * 1000)
+    row.resume_ms.append((seen.resumed - seen.bound) * 1000)
+    row.local_ms.append((max(seen.local, seen.resumed) - begun) * 1000)
     shutil.rmtree(folder)
 
 

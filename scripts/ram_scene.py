@@ -29,6 +29,8 @@ class Scene:
     guest: Guest
     engine: Engine
     folder: Path
+    version: str
+    mib: int
 
     @property
     def machine(self) -> Machine:
@@ -43,6 +45,7 @@ class Captured:
     engine: Engine
     id: str
     folder: Path
+    version: str
 
 
 @contextlib.asynccontextmanager
@@ -68,7 +71,7 @@ async def captured(version: str, mib: int, root: Path) -> AsyncIterator[Captured
             await asyncio.to_thread(_keep, it, image, stream)
             made = await it.engine.create(it.machine, WISHES)
         whole = Whole(binaries()[version], mib, image, stream)
-        yield Captured(whole, it.engine, made.id, folder)
+        yield Captured(whole, it.engine, made.id, folder, version)
 
 
 @contextlib.asynccontextmanager
@@ -82,7 +85,7 @@ async def _booted(version: str, mib: int, folder: Path, free: int) -> AsyncItera
         command = f"dd if=/dev/urandom of=/noise bs=1M count={noise}"
         await guest.console.run(command, within=60 + noise)
         await guest.console.run(f"fill {mib * 3 // 4 - noise - _LEFT - free}", within=300)
-        yield Scene(guest, engine, folder)
+        yield Scene(guest, engine, folder, version, mib)
 
 
 def _keep(it: Scene, image: Path, stream: Path) -> None:
