@@ -50,6 +50,7 @@ class Started:
     """A machine that is loaded, and paused. *begun*: when its process was started, as time()."""
 
     qmp: Qmp
+    console: Path
     pid: int
     begun: float
 
@@ -86,7 +87,7 @@ class Whole:
                 except ConnectionError as gone:
                     raise ConnectionError(log.read_text() or "QEMU said nothing") from gone
                 try:
-                    yield Started(qmp, pid, begun)
+                    yield Started(qmp, folder / "console.sock", pid, begun)
                 finally:
                     qmp.close()
 

@@ -19,6 +19,7 @@ from qmpsnap.hypervisor.machine.cmdline import parse
 from scripts.bare import Qmp, at
 from scripts.bare_restore import Form, Whole, warm
 from scripts.ram_scene import VM, Captured
+from tests.rig.console import Console
 
 FLOOR = "QEMU -incoming"
 Making = Callable[[Path], Form | None]
@@ -107,6 +108,15 @@ def _bare(it: Captured, row: Row, made: Making, repeat: int) -> None:
             form.warm()
             with it.whole.started(form) as one:
                 row.resume_ms.append(one.resumed())
+                if len(row.resume_ms) == repeat:
+                    asyncio.run(proven(one.console))
+
+
+async def proven(console: Path) -> None:
+    """What came back is the guest: its RAM and its disk are of one instant."""
+    async with Console.open(console) as shell:
+        found = await shell.witness(within=120)
+        assert found.ok, found
 
 
 async def _engine(it: Captured, row: Row, *, eager: bool, cold: bool) -> None:
@@ -123,6 +133,7 @@ async def _engine(it: Captured, row: Row, *, eager: bool, cold: bool) -> None:
         async with it.engine.restored(_watchable(ready, folder / "witness")):
             row.verb_ms.append((time.time() - begun) * 1000)
             await asyncio.to_thread(seen.join, _LONGEST)
+            await proven(folder / "console.sock")
     assert seen.resumed is not None, "no RESUME was seen"
     assert seen.local is not None, "the RAM was not all here in time"
     row.resume_ms.append((seen.resumed - seen.bound) * 1000)
