@@ -212,6 +212,8 @@ def _process(argv: list[str], folder: Path) -> Iterator[tuple[int, float]]:
         argv += ["-chardev", f"socket,id=bare,fd={number},server=on,wait=off"]
         argv += ["-mon", "chardev=bare,mode=control"]
         begun = time.time()
+        # a run that is killed takes its machines along
+        argv = ["setpriv", "--pdeathsig=KILL", *argv]
         process = subprocess.Popen(argv, stdout=log, stderr=log, pass_fds=[number])
     try:
         yield process.pid, begun
