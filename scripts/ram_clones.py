@@ -57,8 +57,6 @@ async def clones(it: Captured, count: int, settle: float) -> list[Row]:
         with contextlib.ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix="f", dir=it.folder))
             form = await asyncio.to_thread(made, Path(name))
-            if form is None:
-                continue
             pids = [await asyncio.to_thread(_one, it, form, stack) for _ in range(count)]
             await _settled(row, pids, settle)
         rows.append(row)

@@ -16,13 +16,14 @@ from typing import Any
 
 from qmpsnap.engine.restore import Ready, Restoration
 from qmpsnap.hypervisor.machine.cmdline import parse
+from qmpsnap.hypervisor.vmstate.split import split
 from scripts.bare import Qmp, at
 from scripts.bare_restore import Form, Whole, warm
 from scripts.ram_scene import VM, Captured
 from tests.rig.console import Console
 
 FLOOR = "QEMU -incoming"
-Making = Callable[[Path], Form | None]
+Making = Callable[[Path], Form]
 _LONGEST = 600.0  # seconds until all RAM is local
 
 
@@ -56,8 +57,7 @@ async def restores(it: Captured, repeat: int) -> list[Row]:
     for way, made in _forms(it).items():
         row = Row(it.version, it.whole.mib, way)
         await asyncio.to_thread(_bare, it, row, made, repeat)
-        if row.resume_ms:
-            rows.append(row)
+        rows.append(row)
     for way, eager, cold in _ours():
         row = Row(it.version, it.whole.mib, way)
         for _ in range(repeat):
@@ -87,12 +87,8 @@ def _ours() -> list[tuple[str, bool, bool]]:
     ]
 
 
-def mapped(whole: Whole, folder: Path) -> Form | None:
-    """The page image of the RAM and the stream that is left; None without a splitter."""
-    try:
-        from qmpsnap.hypervisor.vmstate.split import split
-    except ModuleNotFoundError:
-        return None
+def mapped(whole: Whole, folder: Path) -> Form:
+    """The page image of the RAM, and the stream that is left."""
     with whole.stream.open("rb") as file:
         parts = split(file.fileno(), folder)
     [image] = parts.images
@@ -102,8 +98,6 @@ def mapped(whole: Whole, folder: Path) -> Form | None:
 def _bare(it: Captured, row: Row, made: Making, repeat: int) -> None:
     with tempfile.TemporaryDirectory(prefix="f", dir=it.folder) as name:
         form = made(Path(name))
-        if form is None:
-            return
         for _ in range(repeat):
             form.warm()
             with it.whole.started(form) as one:
