@@ -13,7 +13,7 @@ import psutil
 
 from qmpsnap.engine.restore import Restoration
 from scripts.bare_restore import Form
-from scripts.ram_restores import FLOOR, Making, engine_maps, mapped
+from scripts.ram_restores import FLOOR, Making, mapped
 from scripts.ram_scene import VM, Captured
 
 _MIB = 1 << 20
@@ -60,18 +60,16 @@ async def clones(it: Captured, count: int, settle: float) -> list[Row]:
             pids = [await asyncio.to_thread(_one, it, form, stack) for _ in range(count)]
             await _settled(row, pids, settle)
         rows.append(row)
-    if engine_maps():
-        row = Row(it.version, it.whole.mib, "qmpsnap, mapped")
-        async with contextlib.AsyncExitStack() as both:
-            pids = []
-            for number in range(count):
-                wish = Restoration(it.folder / "c" / str(number))
-                ready = await it.engine.prepare_restore(VM, wish, it.id)
-                back = await both.enter_async_context(it.engine.restored(ready))
-                pids.append(back.process.pid)
-            await _settled(row, pids, settle)
-        rows.append(row)
-    return rows
+    row = Row(it.version, it.whole.mib, "qmpsnap, mapped")
+    async with contextlib.AsyncExitStack() as both:
+        pids = []
+        for number in range(count):
+            wish = Restoration(it.folder / "c" / str(number))
+            ready = await it.engine.prepare_restore(VM, wish, it.id)
+            back = await both.enter_async_context(it.engine.restored(ready))
+            pids.append(back.process.pid)
+        await _settled(row, pids, settle)
+    return [*rows, row]
 
 
 def _one(it: Captured, form: Form, stack: contextlib.ExitStack) -> int:

@@ -10,9 +10,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from qmpsnap.engine.restore import Ready, Restoration
 from qmpsnap.hypervisor.machine.cmdline import parse
@@ -32,8 +31,8 @@ class Row:
     """One way of doing it: each list has a figure a run, in milliseconds.
 
     *resume_ms*: from the start of QEMU's process to RESUME. Of ours alone, from the first step of
-    the verb: *verb_ms* until the caller has the machine, *local_ms* until all RAM is QEMU's own
-    or in a file on this host.
+    the verb: *verb_ms* until RESUME, *local_ms* until all RAM is QEMU's own or in a file on this
+    host, by QEMU's own word.
     """
 
     qemu: str
@@ -44,9 +43,11 @@ class Row:
     local_ms: list[float] = field(default_factory=list)
 
 
-def engine_maps() -> bool:
-    """Whether the engine restores from page images."""
-    return "eager" in {one.name for one in fields(Restoration)}
+_OURS = {
+    "qmpsnap, mapped": {"eager": False, "cold": False},
+    "qmpsnap --eager": {"eager": True, "cold": False},
+    "qmpsnap, cold": {"eager": False, "cold": True},
+}
 
 
 async def restores(it: Captured, repeat: int) -> list[Row]:
@@ -58,10 +59,10 @@ async def restores(it: Captured, repeat: int) -> list[Row]:
         row = Row(it.version, it.whole.mib, way)
         await asyncio.to_thread(_bare, it, row, made, repeat)
         rows.append(row)
-    for way, eager, cold in _ours():
+    for way, how in _OURS.items():
         row = Row(it.version, it.whole.mib, way)
         for _ in range(repeat):
-            await _engine(it, row, eager=eager, cold=cold)
+            await _engine(it, row, **how)
         rows.append(row)
     await asyncio.to_thread(_bare, it, floor, lambda folder: it.whole.form, repeat)
     return rows
@@ -74,17 +75,6 @@ def _forms(it: Captured) -> dict[str, Making]:
         "QEMU loadvm": it.whole.internal,
         "mapped, bare": functools.partial(mapped, it.whole),
     }
-
-
-def _ours() -> list[tuple[str, bool, bool]]:
-    """Our ways: name, whether eager, whether without what this host has kept."""
-    if not engine_maps():
-        return [("qmpsnap", False, False)]
-    return [
-        ("qmpsnap, mapped", False, False),
-        ("qmpsnap --eager", True, False),
-        ("qmpsnap, cold", False, True),
-    ]
 
 
 def mapped(whole: Whole, folder: Path) -> Form:
@@ -114,23 +104,23 @@ async def proven(console: Path) -> None:
 
 
 async def _engine(it: Captured, row: Row, *, eager: bool, cold: bool) -> None:
+    """Our verb once; *cold*: without what this host keeps of the RAM, all of it on the store."""
     kept, folder = it.engine.roots.local.vm(VM) / "ram", it.folder / "r"
     if cold:
         shutil.rmtree(kept, ignore_errors=True)
     for path in await asyncio.to_thread(lambda: list(kept.rglob("*.pages"))):
         await asyncio.to_thread(warm, path)
-    more: dict[str, Any] = {"eager": True} if eager else {}
-    wish = Restoration(folder, **more)
+    wish = Restoration(folder, eager=eager)
     begun = time.time()
     ready = await it.engine.prepare_restore(VM, wish, it.id)
     with _watching(folder / "witness", ready.qmp) as seen:
         async with it.engine.restored(_watchable(ready, folder / "witness")):
-            row.verb_ms.append((time.time() - begun) * 1000)
             await asyncio.to_thread(seen.join, _LONGEST)
             await proven(folder / "console.sock")
     assert seen.resumed is not None, "no RESUME was seen"
     assert seen.local is not None, "the RAM was not all here in time"
     row.resume_ms.append((seen.resumed - seen.bound) * 1000)
+    row.verb_ms.append((seen.resumed - begun) * 1000)
     row.local_ms.append((max(seen.local, seen.resumed) - begun) * 1000)
     shutil.rmtree(folder)
 
