@@ -19,7 +19,7 @@ from scripts import ram_clones, ram_restores, ram_scene, ram_series
 from tests.rig.qemu import binaries
 
 _MIB = 1 << 20
-_LOADS = ["idle", "ram=64 rate=40 disk=1024"]
+_LOADS = ["idle", "ram=64 rate=40 disk=1024", "noise=16"]
 _QUICK = {"ram": [256], "series_ram": 256, "clones_ram": 256} | {
     "repeat": 2, "snapshots": 3, "interval": 1, "clones": 3, "settle": 1,
 }  # fmt: skip
@@ -150,7 +150,7 @@ def options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--series-ram", type=int, default=1024, help="MiB")
     parser.add_argument("--snapshots", type=int, default=10)
     parser.add_argument("--interval", type=float, default=10, help="seconds between snapshots")
-    parser.add_argument("--load", nargs="+", default=_LOADS)
+    parser.add_argument("--load", nargs="+", default=_LOADS, help="of the series")
     parser.add_argument("--clones-ram", type=int, default=1024, help="MiB; less if short of memory")
     parser.add_argument("--clones", type=int, default=20)
     parser.add_argument("--settle", type=float, default=10, help="seconds that the clones run")
