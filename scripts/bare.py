@@ -37,7 +37,7 @@ class Qmp:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd else []
         self._socket.sendmsg([message], rights)
         while True:
-            answer = json.loads(self._file.readline())
+            answer = self._read()
             if "event" in answer:
                 self.events.append(answer)
             elif "error" in answer:
@@ -45,14 +45,20 @@ class Qmp:
             else:
                 return answer["return"]
 
-    def event(self, name: str, **data: object) -> None:
+    def event(self, name: str, **data: object) -> dict[str, Any]:
         """Wait for an event that has not been waited for yet."""
         while True:
             for index, one in enumerate(self.events):
                 if one["event"] == name and data.items() <= one.get("data", {}).items():
-                    del self.events[index]
-                    return
-            self.events.append(json.loads(self._file.readline()))
+                    return self.events.pop(index)
+            self.events.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        line = self._file.readline()
+        if not line:
+            raise ConnectionError("QEMU has gone")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def status(self) -> str:
         return str(self("query-migrate").get("status"))

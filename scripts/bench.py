@@ -2,6 +2,7 @@
 
 `scripts/bench pause restore --ram 256 1024 4096 --repeat 5 --qemu 11.1 [--output FILE]`
 `scripts/bench copy --size 4096 --data 3072 --fs here xfs btrfs`: see `scripts/bench copy --help`
+`scripts/bench ram --quick`: restores by RAM size, series, clones; see `scripts/bench ram --help`
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Level, RamChoice, Wishes
-from scripts import bare, bench_copy
+from scripts import bare, bench_copy, bench_ram
 from scripts.measure import cpu_seconds, listening
 from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import binaries
@@ -195,8 +196,9 @@ async def run(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["copy"]:
-        bench_copy.main(sys.argv[2:])
+    others = {"copy": bench_copy.main, "ram": bench_ram.main}
+    if other := others.get("".join(sys.argv[1:2])):
+        other(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=["pause", "restore"])
