@@ -11,6 +11,7 @@ import pytest
 from blake3 import blake3
 
 from qmpsnap import Engine, Machine
+from qmpsnap.engine.dependents import standing
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import LaunchFailed
@@ -60,15 +61,22 @@ async def test_clones_go_their_own_ways(short: Path, store: Path) -> None:
     was = digests(images)
     assert was
 
-    # one whose socket somebody else has: none of them is left
+    # pages from the store are made once; one whose socket somebody else has: none is left
     many = short / "c"
+    images.rename(short / "away")
     planned = await engine.prepare_clones("web", Restoration(many), COUNT)
+    assert digests(many / "ram") == was
+    for one in planned:
+        assert f"mem-path={many}/ram/0.pages" in " ".join(one.ready.argv)
+        assert not (one.ready.wish.to / "ram").exists()
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind(str(many / "2" / "qmp.sock"))
         with pytest.raises(LaunchFailed):
             async with engine.cloned(planned, detach=True):
                 pytest.fail("not all of them are up")
     assert list(many.iterdir()) == []
+    assert standing(engine.roots.local, "web", planned[0].ready.pair.id) == []
+    (short / "away").rename(images)
 
     planned = await engine.prepare_clones("web", Restoration(many), COUNT)
     async with engine.cloned(planned) as clones, AsyncExitStack() as stack:
