@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qmpsnap.engine import restore
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.ramback import Way
 from qmpsnap.engine.restoration import Ready, Restoration, refuse_folder
 from qmpsnap.engine.restore import Restored
 from qmpsnap.engine.roots import Roots
@@ -110,11 +111,13 @@ async def cloned(
         asyncio.create_task(_lived(one, gate, up[at], over, report, detach=detach))
         for at, one in enumerate(these)
     ]
+    folder = these[0].ready.wish.to.parent
     try:
         clones = list(await asyncio.gather(*up))
+        if not any(one.ready.memory.way is Way.MAPPED for one in these):
+            await asyncio.to_thread(shutil.rmtree, folder / _PAGES, ignore_errors=True)
     except BaseException:
         await finish(_ended(lives), within=90)
-        folder = these[0].ready.wish.to.parent
         await finish(asyncio.to_thread(_unmade, folder, [one.ready for one in these]), within=60)
         raise
     try:
@@ -187,7 +190,9 @@ def _as_clone(ready: Ready, number: int, keep_macs: bool) -> Planned:
     of = f"{pair.vm}/{pair.id}"
     own = clone(relocated.cmdline, relocated.notices, of=of, number=number, keep_macs=keep_macs)
     moved = replace(relocated, cmdline=own.cmdline, notices=list(own.notices))
-    return Planned(number, replace(ready, relocated=moved), dict(own.macs))
+    # the page images are there, and stay as long as another one has to read them
+    memory = replace(ready.memory, lacking="")
+    return Planned(number, replace(ready, relocated=moved, memory=memory), dict(own.macs))
 
 
 async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -77,7 +77,7 @@ def chosen(
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
         return Memory(Way.STREAM, folder, images, why, lacking), line, []
-    if lacking:
+    if lacking and shared is None:
         return Memory(Way.DEMAND, folder, images, {}, lacking), line, []
     sizes = {one.block: one.bytes for one in ram.images}
     into = mapped(
