@@ -23,6 +23,7 @@ Examples:
   qmpsnap restore web 20261122T1650 --to /srv/back --detach
   qmpsnap restore web --to /srv/back --check
   qmpsnap restore web --to /srv/back --limits same --limits-parent /vms
+  qmpsnap restore web --to /srv/many --clones 20 --detach
   qmpsnap restore web --to /srv/copy --cold --standalone --no-start
   qmpsnap restore web --to /srv/back --secret key0=/etc/keys/web
 
@@ -116,6 +117,24 @@ async def restore(
             show_default=False,
         ),
     ] = False,
+    clones: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Start N machines, in DIR/1 to DIR/N, which share the pages of the RAM: all, or "
+            "none. Default: one machine, in DIR.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_macs: Annotated[
+        bool,
+        typer.Option(
+            "--keep-macs",
+            help="Clones have the MAC addresses of the original. Default: each has its own.",
+            show_default=False,
+        ),
+    ] = False,
     qemu: Annotated[
         Path | None,
         typer.Option(
@@ -163,8 +182,14 @@ async def restore(
     With --limits each limit is shown with what was captured, measured and suggested, and why,
     before anything starts. One that cannot be set is refused. The control group goes when the
     machine ends.
+
+    With --clones each machine has its own disks, sockets, MAC addresses and generation ID, and the
+    time of the host where the guest's agent can set it. What a guest does not change is in memory
+    once. One that cannot be started ends all. --check compares for a single one.
     """
-    from qmpsnap.cli import limited
+    from functools import partial
+
+    from qmpsnap.cli import cloned, limited
     from qmpsnap.engine.limiting import Choice
     from qmpsnap.engine.restore import Restoration
     from qmpsnap.errors import UsageError
@@ -186,10 +211,19 @@ async def restore(
     )
     if eager and cold:
         raise UsageError("--eager loads the RAM, and --cold goes without it: give one of them")
+    if clones is None and keep_macs:
+        raise UsageError("--keep-macs: there are no clones", hint="with --clones N")
+    if clones is not None and qmp_socket is not None:
+        raise UsageError("--qmp-socket: each clone has its own, in its folder")
     if limits_parent is not None and wish.limits is Choice.NONE:
         raise UsageError("--limits-parent: there is no group to make", hint="with --limits same")
     if check:
         _show_fitness(out, await engine.check(vm, wish, snapshot(id)))
+        return
+    if clones is not None:
+        asked = cloned.Asked(clones, keep_macs=keep_macs, start=not no_start, detach=detach)
+        show = partial(_show_command, out)
+        await cloned.restore(engine, out, vm, wish, snapshot(id), asked, show)
         return
     ready = await engine.prepare_restore(vm, wish, snapshot(id))
     for warning in ready.warnings:
@@ -257,7 +291,7 @@ def _show(out: Output, back: Restored) -> None:
     out.flush()
 
 
-def _show_command(out: Output, ready: Ready) -> None:
+def _show_command(out: Output, ready: Ready, clone: int | None = None) -> None:
     from qmpsnap.cli import shapes
 
     if out.json:
@@ -272,6 +306,7 @@ def _show_command(out: Output, ready: Ready) -> None:
             moved=dict(ready.relocated.moved),
             notices=ready.notices,
             limits=ready.limits,
+            clone=clone,
         )
         out.record(prepared)
     else:

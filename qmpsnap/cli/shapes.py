@@ -104,7 +104,9 @@ class Restored(Struct, frozen=True, kw_only=True):
 
     *groups*: the folders of the control groups that were made for it; they go when it ends.
     *ram*: `mapped` from page images, brought on `demand`, or loaded as a `stream`; None after a
-    cold boot.
+    cold boot. *clone*: its number, with --clones; *clock* is `set` to the host's time then, or says
+    why it was not, and *macs* are the addresses that were changed in the running guest, by
+    interface.
     """
 
     id: str
@@ -119,12 +121,15 @@ class Restored(Struct, frozen=True, kw_only=True):
     limits: list[Limit] = []
     groups: list[str] = []
     ram: str | None = None
+    clone: int | None = None
+    clock: str | None = None
+    macs: dict[str, str] = {}
 
 
 class Prepared(Struct, frozen=True, kw_only=True):
     """`restore --no-start`: images are built, *argv* would start the machine.
 
-    *companions* are to be started before it, and end with it.
+    *companions* are to be started before it, and end with it. *clone*: its number, with --clones.
     """
 
     id: str
@@ -137,6 +142,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
     notices: list[str]
     limits: list[Limit] = []
     companions: list[list[str]] = []
+    clone: int | None = None
 
 
 class Started(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qmpsnap.engine import (
     boot,
+    clones,
     configuration,
     copies,
     create,
@@ -184,6 +185,35 @@ class Engine:
         """The restored machine, running; it ends with the block unless *detach*."""
         async with restore.restored(ready, self._report, detach=detach) as back:
             yield back
+
+    async def prepare_clones(
+        self,
+        vm: str,
+        wish: restore.Restoration,
+        count: int,
+        word: str = listing.LATEST,
+        *,
+        keep_macs: bool = False,
+    ) -> Sequence[clones.Planned]:
+        """As `prepare_restore`, for *count* machines, which share the pages of the snapshot's RAM.
+
+        They are in folders 1, 2... of the one of *wish*. With *keep_macs* their network cards have
+        the addresses of the original's.
+        """
+        return await clones.prepared(
+            self.roots, vm, word, wish, count, self._report, keep_macs=keep_macs
+        )
+
+    @asynccontextmanager
+    async def cloned(
+        self, these: Sequence[clones.Planned], *, detach: bool = False
+    ) -> AsyncIterator[Sequence[clones.Clone]]:
+        """The clones, all of them up; they end with the block unless *detach*.
+
+        Raises what the first one raised that could not be started; none is left then.
+        """
+        async with clones.cloned(these, self._report, detach=detach) as all_of_them:
+            yield all_of_them
 
     @asynccontextmanager
     async def exported(

@@ -229,6 +229,7 @@ def _with_memory(
         eager=found.wish.eager,
         version=version,
         huge={one.id for one in backends if one.id and one.huge_page_bytes is not None},
+        shared=found.wish.pages,
     )
     if memory.images:
         images = found.pair.manifest.ram.images

@@ -51,24 +51,33 @@ class Memory:
 
 
 def chosen(
-    pair: Pair, line: CommandLine, *, to: Path, eager: bool, version: str, huge: Collection[str]
+    pair: Pair,
+    line: CommandLine,
+    *,
+    to: Path,
+    eager: bool,
+    version: str,
+    huge: Collection[str],
+    shared: Path | None = None,
 ) -> tuple[Memory, CommandLine, list[str]]:
     """How the RAM of *pair* goes into the machine of *line*, which gets its memory from images.
 
     With what there is to tell about it. *eager*: all of it is loaded before the guest runs.
-    *version* is that of the QEMU that will run; *huge* are the backends on huge pages.
+    *version* is that of the QEMU that will run; *huge* are the backends on huge pages. *shared*:
+    the folder for images from the store that others map too; if it is there, they are in it.
     """
     ram = pair.manifest.ram
     if ram.index is None:
         return Memory(), line, []
     folder, lacking = pair.roots.local.ram(pair.vm, pair.id), _lacking(pair)
     if lacking:
-        folder = to / _FOLDER
+        folder = shared or to / _FOLDER
+        lacking = "" if shared is not None and shared.is_dir() else lacking
     images = {one.block: filling.image(folder, n) for n, one in enumerate(ram.images)}
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
         return Memory(Way.STREAM, folder, images, why, lacking), line, []
-    if lacking:
+    if lacking and shared is None:
         return Memory(Way.DEMAND, folder, images, {}, lacking), line, []
     sizes = {one.block: one.bytes for one in ram.images}
     into = mapped(

@@ -30,7 +30,8 @@ class Restoration:
     QEMU binary than the captured one. *isolated*: its network cards lead nowhere. *secrets*: the
     file to read each -object secret from, by its id, where the captured machine had it in none.
     *limits*: those of a control group of its own, made below *limits_parent* (as in
-    /proc/PID/cgroup). *eager*: all RAM is loaded before the guest runs.
+    /proc/PID/cgroup). *eager*: all RAM is loaded before the guest runs. *pages*: the folder
+    for page images that come from the store, which others map as well (default: one in *to*).
     """
 
     to: Path
@@ -44,6 +45,7 @@ class Restoration:
     limits: Choice = Choice.NONE
     eager: bool = False
     limits_parent: str | None = None
+    pages: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
         await companion.placed(ready)
         await ramback.filled(ready.pair, ready.memory, report)
     except BaseException:
-        await finish(asyncio.to_thread(_unmade, ready.pair, wish.to), within=60)
+        await finish(asyncio.to_thread(unmade, ready.pair, wish.to), within=60)
         raise
     return ready
 
@@ -121,7 +121,7 @@ async def restored(
             yield Restored(ready, machine, process, group.folders if group else (), way)
     except BaseException:
         if not begun:
-            await finish(asyncio.to_thread(_unmade, ready.pair, ready.wish.to), within=60)
+            await finish(asyncio.to_thread(unmade, ready.pair, ready.wish.to), within=60)
         raise
 
 
@@ -209,7 +209,8 @@ def _make_folder(to: Path) -> None:
     refuse_folder(to)
 
 
-def _unmade(pair: Pair, to: Path) -> None:
+def unmade(pair: Pair, to: Path) -> None:
+    """*to* is empty, and the snapshot has no machine in it any more."""
     for path in to.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -245,3 +245,18 @@ async def test_whoever_reads_stdout_may_go(program: Program) -> None:
     assert process.stderr is not None
     assert await process.stderr.read() == b""
     assert await process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--keep-macs"], "--keep-macs"),
+        (["--clones", "2", "--qmp-socket", "qmp.sock"], "--qmp-socket"),
+        (["--clones", "0"], "--clones"),
+    ],
+)
+async def test_what_makes_no_sense_of_clones(program: Program, more: list[str], told: str) -> None:
+    ran = await program.run("restore", "web", "--to", "back", *program.roots, *more)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+    assert not (program.dir / "back").exists()

@@ -138,6 +138,16 @@ async def restored(program: Program, id: str) -> None:
     back = shaped("restore", ran.record)
     os.kill(back["pid"], signal.SIGKILL)
 
+    words = ["restore", "web", id, "--to", "many", *program.roots, "--clones", "2", "--json"]
+    process = await program.start(*words)
+    assert process.stdout is not None
+    clones = [shaped("restore", json.loads(await process.stdout.readline())) for _ in range(2)]
+    assert [one["clone"] for one in clones] == [1, 2]
+    assert [one["clock"] for one in clones] == ["there is no guest agent"] * 2
+    for one in clones:
+        await quit_qemu(Path(one["qmp"]))
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         to = f"back{code}"
         process = await program.start("restore", "web", id, "--to", to, *program.roots, "--json")

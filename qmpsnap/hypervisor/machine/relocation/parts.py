@@ -19,6 +19,7 @@ _OUTSIDE_OBJECTS = ("cryptodev-vhost-user", "x-remote-object", "x-vfio-user-serv
                     "dbus-vmstate", "vhost-user-backend")  # fmt: skip
 
 _FIRST_CID = 1 << 30  # beside those that anybody numbers by hand
+KEEPS_CID = "keeps its guest CID, which the original must not use any more"
 
 
 def device(scene: Scene, _index: int, option: Option) -> list[Option]:
@@ -37,11 +38,9 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
         raise Blocked(f"{name}: {driver} is of this host, its state is not in the snapshot")
     fields = view.fields
     if driver.startswith("vhost-vsock") and scene.isolated:
-        # the original runs on, and has its own; a guest is told of a new one when it is loaded
-        cid = _FIRST_CID + secrets.randbelow(1 << 30)
-        fields = fields.set("guest-cid", cid if fields.json else str(cid))
+        fields = fresh_cid(fields)
     elif driver.startswith("vhost-vsock"):
-        scene.note(f"{name}: keeps its guest CID, which the original must not use any more")
+        scene.note(f"{name}: {KEEPS_CID}")
     if rom := fields.get("romfile"):
         fields = fields.set("romfile", scene.rom(rom))
     for key in ("file", "kernel", "initrd") if driver in ("loader", "guest-loader") else ():
@@ -51,6 +50,12 @@ def device(scene: Scene, _index: int, option: Option) -> list[Option]:
         scene.note(f"{name}: the shared folder is opened read-only")
         fields = fields.set("readonly", True if fields.json else "on")
     return [_changed(option, view.fields, fields)]
+
+
+def fresh_cid(fields: Fields) -> Fields:
+    """A vsock device with an address of its own: the guest is told of it when it is loaded."""
+    cid = _FIRST_CID + secrets.randbelow(1 << 30)
+    return fields.set("guest-cid", cid if fields.json else str(cid))
 
 
 def object_(scene: Scene, _index: int, option: Option) -> list[Option]:

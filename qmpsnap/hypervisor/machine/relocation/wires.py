@@ -17,6 +17,7 @@ _PEERS = frozenset({"socket", "stream", "dgram", "l2tpv3", "vde"})
 _OTHER_PROCESSES = frozenset({"vhost-user", "vhost-vdpa"})
 _HANDED = ("fd", "fds", "vhostfd", "vhostfds")
 _OF_A_NIC = ("id", "mac", "macaddr", "model", "name", "addr", "vectors")
+KEEPS_MAC = "joins the bridge with the MAC address of the original"
 _FIRST_HUB = 1000  # beside those that anybody numbers by hand
 _SPICE_NET = ("port", "tls-port", "x509-dir", "x509-key-file", "x509-key-password",
               "x509-cert-file", "x509-cacert-file", "x509-dh-key-file", "tls-ciphers",
@@ -51,7 +52,7 @@ def network(scene: Scene, index: int, option: Option) -> list[Option]:
     if kind == "tap":
         return [option_of(option.name, _fresh_tap(scene, fields, name))]
     if kind == "bridge":
-        scene.note(f"{name}: joins the bridge with the MAC address of the original")
+        scene.note(f"{name}: {KEEPS_MAC}")
         return [option]
     if kind not in _PEERS and (scene.incoming or kind not in _OTHER_PROCESSES):
         raise Blocked(f"{name}: a network of type {kind} cannot be given to a second machine")

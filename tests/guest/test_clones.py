@@ -1,0 +1,113 @@
+"""Clones of a real guest: each goes on by itself, and all share the pages of one RAM."""
+
+from __future__ import annotations
+
+import re
+import socket
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from qmpsnap import Engine, Machine
+from qmpsnap.engine.dependents import standing
+from qmpsnap.engine.restore import Restoration
+from qmpsnap.engine.wishes import Wishes
+from qmpsnap.errors import LaunchFailed
+from tests.rig.console import Console
+from tests.rig.graph import ask
+from tests.rig.guest import blockdev, booted, disk
+from tests.rig.qemu import binary
+
+pytestmark = pytest.mark.guest
+COUNT = 3
+MAC = "52:54:00:0a:0b:0c"
+GUID = "0b8d3f9c-8d3b-4f4c-9a53-8e6d3a1c5b11"
+HWCLOCK = "mkdir -p /sbin && ln -s /bin/busybox /sbin/hwclock"  # the agent wants one
+ADDRESS = "cat /sys/class/net/eth0/address"
+
+
+def of_images(pid: int) -> dict[str, int]:
+    """What /proc/PID/smaps says of the mapped page images, in KiB."""
+    text = Path(f"/proc/{pid}/smaps").read_text()
+    of_each = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.M)
+    total: dict[str, int] = {}
+    for one in of_each:
+        if ".pages\n" in one:
+            for name, size in re.findall(r"^(\w+): +(\d+) kB$", one, re.M):
+                total[name] = total.get(name, 0) + int(size)
+    return total
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.pages")}
+
+
+@pytest.mark.timeout(600)
+async def test_clones_go_their_own_ways(short: Path, store: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    options = [
+        *blockdev(disk(short / "d0.qcow2"), "d0", "qcow2", device="vd0"),
+        *("-netdev", "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22"),
+        *("-device", f"virtio-net-pci,netdev=n0,mac={MAC}", "-device", f"vmgenid,guid={GUID}"),
+    ]
+    async with booted(binary("7.2"), short, disks=options, also="net") as guest:
+        for command in ("ip link set dev eth0 up", "date -s '2020-01-01'", HWCLOCK):
+            await guest.console.run(command, within=20)
+        before = await guest.console.witness(within=60)
+        await engine.create(Machine("web", guest.qmp, guest.agent), Wishes(max_pause=60))
+    images = engine.roots.local.ram("web", (await engine.list("web"))[0].id)
+    was = digests(images)
+    assert was
+
+    # pages from the store are made once; one whose socket somebody else has: none is left
+    many = short / "c"
+    images.rename(short / "away")
+    planned = await engine.prepare_clones("web", Restoration(many), COUNT)
+    assert digests(many / "ram") == was
+    for one in planned:
+        assert f"mem-path={many}/ram/0.pages" in " ".join(one.ready.argv)
+        assert not (one.ready.wish.to / "ram").exists()
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(many / "2" / "qmp.sock"))
+        with pytest.raises(LaunchFailed):
+            async with engine.cloned(planned, detach=True):
+                pytest.fail("not all of them are up")
+    assert list(many.iterdir()) == []
+    assert standing(engine.roots.local, "web", planned[0].ready.pair.id) == []
+    (short / "away").rename(images)
+
+    planned = await engine.prepare_clones("web", Restoration(many), COUNT)
+    async with engine.cloned(planned) as clones, AsyncExitStack() as stack:
+        folders = [clone.restored.ready.wish.to for clone in clones]
+        assert folders == [many / "1", many / "2", many / "3"]
+        consoles = [
+            await stack.enter_async_context(Console.open(folder / "console.sock"))
+            for folder in folders
+        ]
+        used = [of_images(clone.restored.process.pid) for clone in clones]
+        assert sum(one["Shared_Clean"] for one in used) > sum(one["Rss"] for one in used) / 2
+        macs = [(await console.run(ADDRESS, within=30)).strip() for console in consoles]
+        assert len({MAC, *macs}) == COUNT + 1
+        assert [clone.macs for clone in clones] == [{"eth0": mac} for mac in macs]
+        for console, clone in zip(consoles, clones, strict=True):
+            assert clone.clock == "set"
+            assert int(await console.run("date +%Y", within=30)) > 2020
+        guids = [
+            (await ask(clone.restored.machine.qmp, "query-vm-generation-id"))["guid"]
+            for clone in clones
+        ]
+        assert len({GUID, *guids}) == COUNT + 1
+        # each writes to its disk what the others do not see
+        for number, console in enumerate(consoles):
+            await console.run(f"echo {number} >/data/0/mine-{number}; sync", within=30)
+        for number, console in enumerate(consoles):
+            await console.run("echo 3 >/proc/sys/vm/drop_caches", within=30)
+            assert (await console.run("ls /data/0 | grep mine", within=30)) == f"mine-{number}"
+            found = await console.witness(within=60)
+            assert (found.ok, found.nonce) == (True, before.nonce)
+            assert found.ram > before.ram
+        for console in consoles:
+            assert console.alarms == []
+    assert digests(images) == was
