@@ -65,6 +65,8 @@ async def stored(
         return await _whole(raw, folder, ram, report)
     await asyncio.to_thread(raw.unlink)
     known = await known_indexes(roots, vm)
+    shared = roots.local.shared(vm)
+    await asyncio.to_thread(files.make_folders, shared, roots.local.path, side=LocalFailed)
 
     def tell(done: int, total: int, what: str = "") -> None:
         report("packing RAM", done, total)
@@ -72,7 +74,7 @@ async def stored(
     kept = await stoppable(
         lambda stop: chunking.keep(
             [(one.block, one.path, one.bytes) for one in apart.images],
-            roots.local.shared(vm),
+            shared,
             known,
             stored_pages=[one.stored_pages for one in apart.images],
             on_progress=tell,

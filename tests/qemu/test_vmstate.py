@@ -19,47 +19,16 @@ from tests.rig.qemu import VERSIONS, binary, running
 
 MEMORY = 64 * MIB
 PARTS = [(0, 640 << 10), (MIB, MEMORY - MIB)]  # a PC has its screen and its ROMs between them
-LINE = [
-    "-M",
-    "q35",
-    "-m",
-    "64",
-    "-smp",
-    "2",
-    "-nodefaults",
-    "-boot",
-    "strict=on",
-    "-vga",
-    "std",
-    "-serial",
-    "null",
-    "-serial",
-    "null",
-    "-drive",
-    "file=boot,format=raw,if=none,id=b0,readonly=on",
-    "-device",
-    "virtio-blk-pci,drive=b0,bootindex=0",
-    "-netdev",
-    "user,id=n0",
-    "-device",
-    "virtio-net-pci,netdev=n0,romfile=",
-    "-netdev",
-    "user,id=n1",
-    "-device",
-    "e1000,netdev=n1,romfile=",
-    "-device",
-    "virtio-scsi-pci,id=s0",
-    "-blockdev",
-    "driver=null-co,node-name=d0,size=1048576,read-zeroes=on",
-    "-device",
-    "scsi-hd,drive=d0,bus=s0.0",
-    "-device",
-    "qemu-xhci",
-    "-device",
-    "usb-tablet",
-    "-device",
-    "loader,file=noise,force-raw=on,addr=0x800000",
-]
+LINE = (
+    "-M q35 -m 64 -smp 2 -nodefaults -boot strict=on -vga std -serial null -serial null "
+    "-drive file=boot,format=raw,if=none,id=b0,readonly=on "
+    "-device virtio-blk-pci,drive=b0,bootindex=0 "
+    "-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile= -netdev user,id=n1 "
+    "-device e1000,netdev=n1,romfile= -device virtio-scsi-pci,id=s0 "
+    "-blockdev driver=null-co,node-name=d0,size=1048576,read-zeroes=on "
+    "-device scsi-hd,drive=d0,bus=s0.0 -device qemu-xhci -device usb-tablet "
+    "-device loader,file=noise,force-raw=on,addr=0x800000"
+)
 # what must be among the sections, by how its name ends, and how many of it
 DEVICES = {
     "/virtio-net": 1, "/virtio-blk": 1, "/virtio-scsi": 1, "/xhci": 1, "/usb-ptr": 1, "/e1000": 1,
@@ -110,7 +79,7 @@ async def test_a_machine_is_its_pages_and_its_devices(version: str, tmp_path: Pa
     (tmp_path / "noise").write_bytes(os.urandom(2 * MIB))
     taken: dict[str, tuple[Split, list[bytes] | None]] = {}
     ram, qemu = tmp_path / "ram", binary(version)
-    async with running(qemu, *LINE, directory=tmp_path) as vm, connect(vm.qmp) as monitor:
+    async with running(qemu, *LINE.split(), directory=tmp_path) as vm, connect(vm.qmp) as monitor:
         await counts_on(monitor, 0)
         if version != "7.2":  # which cannot be asked to end it, when it is not there
             async with migration.tuned(monitor, {"background-snapshot"}, {}):
@@ -139,7 +108,7 @@ async def test_a_machine_is_its_pages_and_its_devices(version: str, tmp_path: Pa
         _alike(await asyncio.to_thread(_joined, parts, joined), contents)
         if mode == "live":
             continue  # as the paused one
-        waits = [*LINE, "-incoming", "defer", "-S"]
+        waits = [*LINE.split(), "-incoming", "defer", "-S"]
         home = tmp_path / f"{mode} twin"
         home.mkdir()
         for name in ("boot", "noise"):
