@@ -83,12 +83,12 @@ async def show(
         raise UsageError("--usage, --machine and --vmstate are views: give one of them")
     if vmstate:
         call.out.expect_progress()
-        state = await engine.vmstate(vm, snapshot(id))
+        held = await engine.vmstate(vm, snapshot(id))
         call.out.settle()
         if call.out.json:
-            call.out.record(state)
+            call.out.record(held)
         else:
-            sectioned.show(call.out, state)
+            sectioned.show(call.out, held)
         return
     if machine:
         captured = await engine.captured(vm, snapshot(id))
