@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
+from qmpsnap.engine.execution import ExecutionState
 from qmpsnap.engine.export import Exported
 from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.fitness import Fitness
@@ -172,6 +173,7 @@ KINDS: dict[str, type[Struct]] = {
     "create-dry-run": Planned,
     "list": Entry,
     "show": Shown,
+    "show-vmstate": ExecutionState,
     "usage": Record,
     "info": Info,
     "verify": Verified,

@@ -19,9 +19,10 @@ Examples:
   qmpsnap show web 20261122T1650 --json
   qmpsnap show web --usage
   qmpsnap show web --machine
+  qmpsnap show web --vmstate
 
 \b
-Exit codes: 0 done; 2 usage; 3 no such snapshot; 4 a root cannot be read;
+Exit codes: 0 done; 2 usage; 3 no such snapshot, or one without RAM; 4 a root cannot be read;
 7 a half is missing or damaged.
 """
 
@@ -60,17 +61,35 @@ async def show(
             show_default=False,
         ),
     ] = False,
+    vmstate: Annotated[
+        bool,
+        typer.Option(
+            "--vmstate",
+            help="Show what is in the execution state: RAM blocks, and each device's section. It "
+            "is read and checked for that. Default: what the snapshot consists of.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
-    from qmpsnap.cli import described, used
+    from qmpsnap.cli import described, sectioned, used
     from qmpsnap.cli.render import in_bytes, in_ms
     from qmpsnap.cli.shapes import Shown
     from qmpsnap.errors import UsageError
 
     call.machine(vm, reach=False)
     engine = call.engine()
-    if usage and machine:
-        raise UsageError("--usage and --machine are two views: give one of them")
+    if usage + machine + vmstate > 1:
+        raise UsageError("--usage, --machine and --vmstate are views: give one of them")
+    if vmstate:
+        call.out.expect_progress()
+        held = await engine.vmstate(vm, snapshot(id))
+        call.out.settle()
+        if call.out.json:
+            call.out.record(held)
+        else:
+            sectioned.show(call.out, held)
+        return
     if machine:
         captured = await engine.captured(vm, snapshot(id))
         if call.out.json:

@@ -15,6 +15,7 @@ from qmpsnap.engine import (
     copies,
     create,
     delete,
+    execution,
     export,
     fitness,
     half,
@@ -125,6 +126,15 @@ class Engine:
         entry = await listing.find(self.roots, vm, word)
         pair = await half.open_pair(self.roots, entry)
         return configuration.decode(await pair.read(MACHINE), f"{vm} {entry.id} {MACHINE}")
+
+    async def vmstate(self, vm: str, word: str = listing.LATEST) -> execution.ExecutionState:
+        """What is in the execution state of one snapshot: RAM blocks and devices.
+
+        All of the stream is read and checked, but for RAM in packs. Raises SnapshotUnknown,
+        Blocked (taken without RAM), HalfMissing, DamagedData, StreamUnknown, StoreError.
+        """
+        entry = await listing.find(self.roots, vm, word)
+        return await execution.read(await half.open_pair(self.roots, entry), self._report)
 
     async def usage(self, vm: str, word: str = listing.LATEST) -> history.Record:
         """What the VM and its host used at one snapshot, and since the one before.

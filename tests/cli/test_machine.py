@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 
+from qmpsnap.cli import shapes
 from qmpsnap.engine import configuration
 from tests.cli.conftest import Program, Ran, machine
 from tests.rig.qemu import running
@@ -53,6 +54,26 @@ async def test_a_machine_with_a_secret(program: Program, qemu72: Path) -> None:
     assert wrong(record, configuration.schemas()["qmpsnap-machine"]) == []
     (path,) = program.store.glob("web/*/machine.json")
     assert record == json.loads(path.read_bytes())
+    state = (await program.ok("show", "web", *program.roots, "--vmstate", "--json")).record
+    assert wrong(state, shapes.schemas()["cli-show-vmstate"]) == []
+    assert (state["machine"], state["vm"]) == ("pc-i440fx-7.2", "web")
+    (whole,) = program.store.glob("web/*/manifest.json")
+    ram = json.loads(whole.read_bytes())["ram"]
+    assert state["stream_bytes"] == ram["raw_bytes"]
+    apart = {image["block"]: image["stored_pages"] for image in ram.get("images", [])}
+    for block in state["blocks"]:
+        assert (block["place"] == "packs") == (block["name"] in apart)
+        assert block["stored_pages"] == apart.get(block["name"], block["stored_pages"])
+        assert (block["stored_pages"] + block["zero_pages"]) * 4096 == block["bytes"]
+    memory = next(block for block in state["blocks"] if block["name"] == "pc.ram")
+    assert memory["place"] == "packs"
+    assert 100 < memory["stored_pages"] < memory["bytes"] >> 13
+    names = [section["name"] for section in state["sections"]]
+    assert [name for name in names if name.endswith("/virtio-net")] != []
+    text = (await program.ok("show", "web", *program.roots, "--vmstate")).out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["machine", "type", "pc-i440fx-7.2"] in lines
+    assert [line[:1] for line in lines[-len(names) :]] == [name.split()[:1] for name in names]
     both = await program.run("show", "web", *program.roots, "--machine", "--usage")
     assert both.code == 2
 

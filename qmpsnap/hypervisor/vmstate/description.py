@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 
@@ -33,9 +33,12 @@ class Section:
     bytes: int
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
 class _Field(msgspec.Struct):
-    size: int
-    array_len: int = 1  # the size is then that of one
+    size: _Count
+    array_len: _Count = 1  # the size is then that of one
 
 
 class _Subsection(msgspec.Struct):
@@ -51,7 +54,7 @@ class _Subsection(msgspec.Struct):
 
 class _Device(msgspec.Struct):
     name: str
-    instance_id: int
+    instance_id: _Count
     fields: list[_Field] = []
     subsections: list[_Subsection] = []
 
@@ -72,7 +75,7 @@ class _Device(msgspec.Struct):
     def begins(self, data: bytes) -> bool:
         """Whether *data* is the beginning of its section."""
         name = self.name.encode()
-        word = b"%c%b%b" % (len(name), name, records.number(self.instance_id, 4))
+        word = records.number(len(name), 8)[7:] + name + records.number(self.instance_id, 4)
         return data[:1] == bytes([records.FULL]) and data[5 : 5 + len(word)] == word
 
 
@@ -122,7 +125,7 @@ class Tail:
         length = device.header
         body, footer = at + length, records.footer(int.from_bytes(head[1:5], "big"))
         end = body + device.size
-        if os.pread(self.fd, len(footer), end) != footer:
+        if end > self.last or os.pread(self.fd, len(footer), end) != footer:
             end = self._found(body, footer, device, follower)
         version = int.from_bytes(head[length - 4 : length], "big")
         section = Section(device.name, device.instance_id, version, end - body)
@@ -170,7 +173,7 @@ def read(fd: int, shift: int = 0) -> Tail:
     text = os.pread(fd, size - place, place)
     try:
         found = msgspec.json.decode(text, type=_Description)
-    except (msgspec.MsgspecError, RecursionError) as odd:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as odd:
         raise damaged(f"its description cannot be read: {odd}", shift + place) from odd
     if found.page_size != records.PAGE:
         raise StreamUnknown(f"the guest has pages of {found.page_size} bytes")

@@ -18,6 +18,7 @@ from qmpsnap.hypervisor.vmstate.walk import Batch, Walker
 from qmpsnap.hypervisor.vmstate.window import SIZE, Progress, Window
 
 _MOST_BLOCKS = 4096  # their list fits into a window
+_MOST_RAM = 1 << 46  # bytes; it bounds what is kept of each page
 _IGNORABLE = {"configuration/uuid": 16}  # subsections of the configuration, and their bytes
 
 
@@ -102,6 +103,8 @@ class _Raw:
 
 
 def _configuration(window: Window) -> str:
+    if not window.has(1):
+        raise window.cut()
     if window.peek(1) != bytes([records.CONFIGURATION]):
         raise StreamUnknown("the migration stream has no configuration: an old machine type")
     window.pos += 1
@@ -137,7 +140,7 @@ def _blocks(window: Window) -> tuple[tuple[str, int], ...]:
     while left > 0 and len(blocks) < _MOST_BLOCKS:
         where = window.offset
         name, size = window.name(), window.number(8)
-        if size > left or size % PAGE or name in blocks:
+        if size > min(left, _MOST_RAM) or size % PAGE or name in blocks:
             raise damaged(f"a RAM block {name!r} of {size} bytes", where)
         blocks[name] = size
         left -= size
