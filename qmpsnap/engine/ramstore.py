@@ -18,7 +18,7 @@ import msgspec
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import LocalFailed, SnapError, StreamUnknown
+from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
 from qmpsnap.store import chunking, files, filling, local, pack, pages
 from qmpsnap.store.files import told
@@ -52,14 +52,15 @@ async def stored(
     no earlier snapshot has brought them, in packs that wait to be shipped. A stream that we do not
     know all of is stored whole.
 
-    Raises LocalFailed, and DamagedData for a stream that is not what QEMU writes.
+    Raises LocalFailed.
     """
     work = roots.local.ram(vm, id)
     await asyncio.to_thread(files.make_folders, work, roots.local.path, side=LocalFailed)
     await asyncio.to_thread(files.make_folders, folder / "vmstate", folder, side=LocalFailed)
     try:
         apart = await _split(raw, work, report)
-    except StreamUnknown as strange:
+    except (StreamUnknown, DamagedData) as strange:
+        # QEMU may well load what we make no sense of; as one stream it is all that it was
         log.warning("the RAM of %s %s is stored whole, as one stream: %s", vm, id, strange)
         await asyncio.to_thread(pages.forget, roots.local, vm, id)
         return await _whole(raw, folder, ram, report)

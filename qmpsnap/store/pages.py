@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +34,7 @@ from qmpsnap.store.manifest import Digest, Image, Size
 from qmpsnap.store.ramindex import Index
 
 NOTE = "pages.json"
+_GOING = ".going"
 _INDEX_LIMIT = 1 << 30  # bytes
 _FORMAT, _NEWEST = "qmpsnap-pages", 1
 
@@ -128,7 +128,9 @@ def trim(root: LocalRoot, vm: str, keep: int) -> None:
             if folders and one == folders[-1]:
                 _only_index(one)
             else:
-                shutil.rmtree(one)
+                _remove(one)
+        for one in _going(root, vm):
+            shutil.rmtree(one)
 
 
 def forget(root: LocalRoot, vm: str, id: str) -> None:
@@ -136,9 +138,7 @@ def forget(root: LocalRoot, vm: str, id: str) -> None:
     folder = root.ram(vm, id)
     with told(folder, LocalFailed):
         if folder.exists():
-            with suppress(FileNotFoundError):
-                (folder / NOTE).unlink()
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) -> list[str]:
@@ -167,6 +167,18 @@ def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) 
         if lost:
             troubles.append(f"{path}: {lost} chunks are not what the index says (BLAKE3)")
     return troubles
+
+
+def _remove(folder: Path) -> None:
+    # gone in one step: a QEMU before 8.2 makes an empty file where it finds a folder and no image
+    aside = folder.with_name(folder.name + _GOING)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _going(root: LocalRoot, vm: str) -> list[Path]:
+    """What a run has left that was cut off while it removed images. Raises OSError."""
+    return [one for one in root.ram(vm).glob(f"*{_GOING}") if one.is_dir()]
 
 
 def _only_index(folder: Path) -> None:
