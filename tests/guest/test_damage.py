@@ -81,7 +81,6 @@ def below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.timeout(400)
 async def test_damage_is_named_and_nothing_is_restored_from_it(
     qemu72: Path, short: Path, store: Path
 ) -> None:
@@ -106,7 +105,7 @@ async def test_damage_is_named_and_nothing_is_restored_from_it(
     packs = [one.blake3 for one in (await engine.show("web")).manifest.packs]
     assert packs
     for name in [*names, *packs]:
-        for harm in (spoil, cut, Path.unlink):
+        for harm in (spoil, cut, Path.unlink) if name in names else (spoil,):
             with harmed(half.parent / "shared" / name if name in packs else half / name, harm):
                 await _named(engine, name)
                 if name != "usage.json":  # it tells nothing that a restore needs
