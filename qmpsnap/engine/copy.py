@@ -7,9 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +20,9 @@ from qmpsnap.engine.room import reserve
 from qmpsnap.engine.wishes import Copying, Level
 from qmpsnap.errors import JobFailed, LocalFailed, MonitorLost, VmBusy
 from qmpsnap.host import qemu_img, qemu_nbd
-from qmpsnap.host.priority import in_background
+from qmpsnap.host.priority import stoppable
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import client, dirty
-from qmpsnap.shield import finish
 from qmpsnap.store import copying, increment
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.manifest import Image, Means
@@ -117,18 +115,17 @@ async def _full(
         )
         return path, "qcow2", "convert", await asyncio.to_thread(_on_disk, path)
     path = folder / f"{disk.label}.{format}"
-    with _stopping(monitor) as stop:
-        done = await _to_its_end(
-            stop,
-            lambda: copying.copy(
-                source,
-                path,
-                limit=how.limit,
-                reserve=reserve(disk, folder),
-                cancelled=stop.is_set,
-                on_progress=tell,
-            ),
-        )
+    done = await _while_qemu_lives(
+        monitor,
+        lambda stop: copying.copy(
+            source,
+            path,
+            limit=how.limit,
+            reserve=reserve(disk, folder),
+            cancelled=stop,
+            on_progress=tell,
+        ),
+    )
     if format == "qcow2":
         await qemu_img.strip_bitmaps(path)
     return path, format, done.means, done.bytes_written
@@ -182,10 +179,10 @@ async def _increment(
     top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
     format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
     async with qemu_nbd.serving(frozen, format, sockets / "frozen"):
-        with _stopping(monitor) as stop, client.Reader(sockets / "frozen", "") as reader:
-            written = await _to_its_end(
-                stop,
-                lambda: increment.write(
+        with client.Reader(sockets / "frozen", "") as reader:
+            written = await _while_qemu_lives(
+                monitor,
+                lambda stop: increment.write(
                     path,
                     virtual_size=top.virtual_size,
                     backing=_spelled(Path(backing.path), folder, beneath.folder),
@@ -194,7 +191,7 @@ async def _increment(
                     read=reader.read_all,
                     limit=how.limit,
                     reserve=reserve(disk, folder),
-                    cancelled=stop.is_set,
+                    cancelled=stop,
                     on_progress=tell,
                 ),
             )
@@ -253,47 +250,12 @@ def private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Stop:
-    """What a copy in a thread asks: whether it is still wanted. Without QEMU it is for nothing."""
+async def _while_qemu_lives(monitor: Monitor, work: Callable[[Callable[[], bool]], T]) -> T:
+    """Run *work* in a thread that yields. It is given what it asks whether to give up.
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor, self._event = monitor, threading.Event()
-        self.set = self._event.set
-
-    def is_set(self) -> bool:
-        return self._event.is_set() or self._monitor.lost
-
-    def why(self) -> MonitorLost:
-        return MonitorLost(f"{self._monitor.path}: QEMU went away during the copy")
-
-
-@contextmanager
-def _stopping(monitor: Monitor) -> Iterator[_Stop]:
-    stop = _Stop(monitor)
-    try:
-        yield stop
-    finally:
-        stop.set()
-
-
-async def _to_its_end(stop: _Stop, work: Callable[[], T]) -> T:
-    """Run *work* in a thread that yields; cancelled, it is stopped and waited for.
-
-    Raises what *work* does, and MonitorLost when QEMU went away meanwhile.
+    Raises what *work* does, and MonitorLost when QEMU went away: the copy is for nothing then.
     """
-    task = asyncio.ensure_future(in_background(work))
     try:
-        return await asyncio.shield(task)
+        return await stoppable(lambda stop: work(lambda: stop() or monitor.lost))
     except copying.Cancelled as stopped:
-        raise stop.why() from stopped
-    except asyncio.CancelledError:
-        stop.set()
-        with suppress(TimeoutError):  # a target that hangs: the thread ends when it no more does
-            await finish(_ended(task), within=60)
-        raise
-
-
-async def _ended(task: asyncio.Future[T]) -> None:
-    await asyncio.wait({task})
-    if not task.cancelled() and (failure := task.exception()):
-        log.debug("stopped: %s", failure)
+        raise MonitorLost(f"{monitor.path}: QEMU went away during the copy") from stopped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -74,10 +74,8 @@ class Demand:
         def tell(what: str, done: int, total: int) -> None:
             self._reached(done)
 
-        try:
+        with suppress(SnapError):  # who waits for these pages is told
             await self._fetched(self._pair, whole, tell)
-        except SnapError as failed:
-            self.failed = failed
         self._reached(sum(self._sizes) if self.failed is None else 0)
 
     def _reached(self, done: int) -> None:
@@ -93,6 +91,9 @@ class Demand:
             except StoreError as dead:
                 log.warning("the guest waits for its pages: %s", dead)
                 await asyncio.sleep(again)
+            except SnapError as failed:
+                self.failed = failed
+                raise
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ async def stored(
     small = await in_background(pack.compress, apart.stream, folder / STREAM)
     await asyncio.to_thread(apart.stream.unlink)
     # what a restore that maps the pages needs besides: it need not come from the store, either
-    await asyncio.to_thread(os.link, folder / STREAM, work / filling.STREAM)
+    await asyncio.to_thread(_beside, folder / STREAM, work / filling.STREAM)
     index = FileEntry(name=INDEX, bytes=len(kept.index), blake3=files.digest_bytes(kept.index))
     ram = msgspec.structs.replace(_with_stream(ram, small), index=INDEX, images=list(kept.images))
     return Stored(ram, [_entry(small), index], list(kept.packs))
@@ -169,6 +170,14 @@ async def _split(raw: Path, work: Path, report: Report) -> Split:
             os.close(source)
 
     return await stoppable(work_in_thread)
+
+
+def _beside(stream: Path, copy: Path) -> None:
+    with told(copy, LocalFailed):
+        try:
+            os.link(stream, copy)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(stream, copy)
 
 
 async def _whole(raw: Path, folder: Path, ram: Ram, report: Report) -> Stored:

@@ -20,6 +20,7 @@ from qmpsnap.errors import (
     MonitorAbsent,
     MonitorBusy,
     SnapError,
+    StoreError,
     VmBusy,
     VmUnknown,
 )
@@ -136,7 +137,12 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
             await asyncio.to_thread(files.expect, path, one, side=LocalFailed)
         except (DamagedData, LocalFailed) as damaged:
             findings.append(Finding(where=one.name, what=str(damaged)))
-    problems = await pair.packs(whole=True, tell=tell)
+    try:
+        problems = await pair.packs(whole=True, tell=tell)
+    except StoreError as dead:
+        if not findings:
+            raise
+        return [*findings, Finding(where="shared", what=f"could not be read: {dead}")]
     return findings + [Finding(where=problem.file, what=problem.what) for problem in problems]
 
 
