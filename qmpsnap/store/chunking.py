@@ -22,6 +22,7 @@ from qmpsnap.store.manifest import Pack, RamImage
 from qmpsnap.store.pack import frame_of
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import Writer
+from qmpsnap.store.ramrows import Rows
 from qmpsnap.store.sink import Cancelled
 
 CHUNK = 32 << 10
@@ -131,8 +132,9 @@ class _Keeping:
         self._to, self._known, self._limit = to, known, pack_bytes
         self._piece = max(chunk_bytes, _PIECE // chunk_bytes * chunk_bytes)
         for one in known:
-            one.find(b"")  # its table is made before threads ask for it
-        self._digests, self._mine = bytearray(), dict[bytes, int]()
+            one.ready()  # before threads ask it
+        self._digests = bytearray()
+        self._mine = Rows(self._digests)
         self._packs: list[Named] = []
         self._numbers: dict[str, int] = {}
         self._writer: Writer | None = None
@@ -196,7 +198,7 @@ class _Keeping:
             if content.startswith(self._zeros[: stop - at], at):
                 continue
             digest = blake3(view[at:stop]).digest()
-            new = self._place(digest) is None and digest not in self._mine
+            new = self._place(digest) is None and self._mine.find(digest) is None
             frame = frame_of(view[at:stop]) if new else None
             found.append(_Found(number + at // grid, digest, frame, stop - at))
         return found
@@ -208,18 +210,19 @@ class _Keeping:
         return None
 
     def _take(self, one: _Found) -> None:
-        index = self._index
+        index, fresh = self._index, False
         if (known := self._place(one.digest)) is not None:
             other, row = known
             place = self._number(other.pack(row)), other.offsets[row], other.lengths[row]
-        elif (mine := self._mine.get(one.digest)) is not None:
+        elif (mine := self._mine.find(one.digest)) is not None:
             place = index.pack_numbers[mine], index.offsets[mine], index.lengths[mine]
         else:
             assert one.frame is not None
-            self._mine[one.digest] = len(index.numbers)
-            place = self._write(one.digest, one.frame, one.raw)
+            place, fresh = self._write(one.digest, one.frame, one.raw), True
         index.numbers.append(one.number)
         self._digests += one.digest
+        if fresh:
+            self._mine.add(len(index.numbers) - 1)
         for column, value in zip(
             (index.pack_numbers, index.offsets, index.lengths), place, strict=True
         ):

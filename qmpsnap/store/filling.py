@@ -213,7 +213,7 @@ def _neighbour(folder: Path) -> _Neighbour | None:
     path = folder / INDEX
     try:
         index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_MAX), path)
-        index.find(b"")  # its table is made before threads ask for it
+        index.ready()  # before threads ask it
     except SnapError:
         return None
     found = _Neighbour(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -123,6 +124,12 @@ def unpack_to_fd(
 def frame_of(content: Content) -> bytes:
     """*content* as one zstd frame, which tells its size. Any number of threads at once."""
     return _mine.compressor.compress(content)
+
+
+def frame_of_all(parts: Sequence[Content]) -> bytes:
+    """As `frame_of`, of *parts* one behind the other: they need not be put together for it."""
+    packing = _mine.compressor.compressobj(size=sum(len(one) for one in parts))
+    return b"".join([*map(packing.compress, parts), packing.flush()])
 
 
 def size_of(frame: Content) -> int:

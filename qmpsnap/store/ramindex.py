@@ -22,8 +22,9 @@ from msgspec import Meta, Struct
 from qmpsnap.errors import DamagedData
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.manifest import Digest, RamImage, Size
-from qmpsnap.store.pack import content_of, frame_of, size_of
+from qmpsnap.store.pack import content_of, frame_of_all, size_of
 from qmpsnap.store.rampack import CHUNK_MAX
+from qmpsnap.store.ramrows import DIGEST, Rows
 
 NAME = "vmstate/ram.index"
 _FORMAT, _NEWEST = "qmpsnap-ram-index", 1
@@ -66,9 +67,9 @@ class Index:
         places: tuple[array[int], array[int], array[int]],
     ) -> None:
         self.chunk_bytes, self.blocks, self.packs = chunk_bytes, tuple(blocks), tuple(packs)
-        self.numbers, self.digests = numbers, bytes(digests)
+        self.numbers, self.digests = numbers, digests
         self.pack_numbers, self.offsets, self.lengths = places
-        self._rows: dict[bytes, int] | None = None
+        self._rows: Rows | None = None
         self._first = [0]
         for block in self.blocks:
             self._first.append(self._first[-1] + -(-block.bytes // chunk_bytes))
@@ -104,24 +105,30 @@ class Index:
 
     def digest(self, row: int) -> bytes:
         """The BLAKE3 of the chunk; the truth, where its place is a hint."""
-        return self.digests[row * 32 : row * 32 + 32]
+        return bytes(self.digests[row * DIGEST : (row + 1) * DIGEST])
 
     def pack(self, row: int) -> Named:
         """The pack that the chunk lies in; unless it was moved."""
         return self.packs[self.pack_numbers[row]]
 
     def find(self, digest: bytes) -> int | None:
-        """A row of this chunk, if there is one."""
+        """The first row of this chunk, if there is one. Before threads ask, call `ready`."""
+        return self.ready().find(digest)
+
+    def ready(self) -> Rows:
+        """The table that `find` looks in."""
         if self._rows is None:
-            self._rows = {self.digest(row): row for row in range(len(self))}
-        return self._rows.get(digest)
+            self._rows = Rows(self.digests)
+            for row in range(len(self)):
+                self._rows.add(row)
+        return self._rows
 
     def used(self) -> list[int]:
         """The bytes that the chunks take in each pack, one that is there twice counted once."""
-        places = set(zip(self.pack_numbers, self.offsets, self.lengths, strict=True))
         found = [0] * len(self.packs)
-        for pack, _, length in places:
-            found[pack] += length
+        for row, (pack, length) in enumerate(zip(self.pack_numbers, self.lengths, strict=True)):
+            if self.find(self.digest(row)) == row:
+                found[pack] += length
         return found
 
     def without(self, packs: Collection[str]) -> Index:
@@ -151,7 +158,7 @@ class Index:
         )
         parts = [msgspec.json.encode(header) + b"\n", _little(self.numbers), self.digests]
         parts += [_little(one) for one in (self.pack_numbers, self.offsets, self.lengths)]
-        return frame_of(b"".join(parts))
+        return frame_of_all(parts)
 
     @classmethod
     def decode(cls, content: bytes, path: Path) -> Index:
@@ -167,19 +174,23 @@ class Index:
         at = len(head) + len(newline)
         if len(plain) - at != header.chunks * _ROW:
             raise DamagedData(f"{path}: has not the {header.chunks} chunks that it tells of")
-        columns = []
+        columns, digests = [], b""
         for code, width in _COLUMNS:
-            column = array(code)
-            column.frombytes(memoryview(plain)[at : at + header.chunks * width])
-            columns.append(_native(column))
-            at += header.chunks * width
-        numbers, digests, *places = columns
+            part = memoryview(plain)[at : at + header.chunks * width]
+            if width == DIGEST:
+                digests = bytes(part)
+            else:
+                columns.append(array(code))
+                columns[-1].frombytes(part)
+                _native(columns[-1])
+            at += len(part)
+        numbers, *places = columns
         found = cls(
             header.chunk_bytes,
             header.blocks,
             header.packs,
             numbers,
-            digests.tobytes(),
+            digests,
             (places[0], places[1], places[2]),
         )
         found._check(path)
