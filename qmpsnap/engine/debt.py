@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from qmpsnap import child
 from qmpsnap.engine import layers, offline, recover, survey
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.machine import Machine
@@ -26,7 +28,7 @@ from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from qmpsnap.store import local
 
 log = logging.getLogger(__name__)
-_DYING = 20  # tenths of a second that a killed QEMU may take to be gone
+_DYING = 2.0  # seconds that a killed QEMU may take to be gone
 
 
 @dataclass(slots=True)
@@ -131,11 +133,21 @@ async def given_up_later(roots: Roots, machine: Machine, debt: Debt, id: str) ->
 
 async def _ended(known: ProcessFacts) -> bool:
     """Whether that process is gone, or ends within the time that a killed one may take."""
-    for _ in range(_DYING):
+    try:
+        pidfd = os.pidfd_open(known.pid)
+    except ProcessLookupError:
+        return True
+    try:
         if not await asyncio.to_thread(host_process.still_runs, known):
             return True
-        await asyncio.sleep(0.1)
-    return False
+        async with asyncio.timeout(_DYING):
+            await child.gone(pidfd)
+    except TimeoutError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(pidfd)
 
 
 async def really_gone(facts: survey.Survey, gone: QemuGone) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
-import signal
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from qmpsnap.errors import Blocked, LocalFailed
+from qmpsnap.child import UMASK, Child, Lifetime, started
+from qmpsnap.errors import Blocked, LaunchFailed, LocalFailed
 from qmpsnap.shield import finish
 
-_UMASK = 0o177
 _GRACE = 5.0  # seconds that it has for ending once QEMU has gone
-# Starts "$@" as nobody's child and tells its process id: no zombie of ours when it ends.
-_ORPHANED = 'exec 3>&1; "$@" 3>&- >/dev/null & echo $! >&3'
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,61 +50,45 @@ def missing() -> str:
 
 
 @asynccontextmanager
-async def serving(
-    wanted: Wanted, *, log: Path, lifetime: Literal["with-us", "detached"]
-) -> AsyncIterator[None]:
+async def serving(wanted: Wanted, *, log: Path, lifetime: Lifetime) -> AsyncIterator[None]:
     """A swtpm that QEMU can connect to when the block begins; its stderr goes to *log*.
 
     It ends with the QEMU that has connected, also when that is killed. "with-us" ends with the
     block and with our process too; "detached" outlives a block that ends well.
 
-    Raises Blocked when there is none, LocalFailed when it does not start.
+    Raises Blocked when there is none, LaunchFailed when it does not start, LocalFailed.
     """
     if why := missing():
         raise Blocked(why, hint="install it (Debian: swtpm)")
-    detached = lifetime == "detached"
-    setpriv = shutil.which("setpriv")
-    if not detached and setpriv is None:
-        raise LocalFailed("setpriv is missing", hint="install the package util-linux")
-    prefix = ["/bin/sh", "-c", _ORPHANED, "sh"] if detached else [str(setpriv), "--pdeathsig=KILL"]
-    with _listening(wanted.socket) as listener, _appending(log) as stderr:
-        try:
-            process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's kills its child with the loop
-                [*prefix, *wanted.argv(f"fd={listener.fileno()}")],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if detached else subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-                umask=_UMASK,
+    async with AsyncExitStack() as stack:
+        with _listening(wanted.socket) as listener, _appending(log) as stderr:
+            process = started(
+                wanted.argv(f"fd={listener.fileno()}"),
+                lifetime=lifetime,
+                stderr=stderr.fileno(),
+                hold=[listener.fileno()],
             )
-        except OSError as failed:
-            raise LocalFailed(f"swtpm: {failed.strerror}") from failed
-    if detached:
-        with process:
-            told, _ = process.communicate()
-        pidfd = _opened(int(told), log)
-    else:
-        pidfd = os.pidfd_open(process.pid)
-    try:
-        yield
-    except BaseException:
-        await finish(_ended(pidfd, wait=0.0), within=20)
-        raise
-    else:
-        if not detached:
-            await finish(_ended(pidfd, wait=_GRACE), within=20)
-    finally:
-        os.close(pidfd)
-        if not detached:
-            process.wait()
-            wanted.socket.unlink(missing_ok=True)
+            try:
+                child = await stack.enter_async_context(process)
+            except ProcessLookupError:
+                raise LaunchFailed(f"swtpm ended at once: {_last_word(log)}") from None
+        try:
+            yield
+        except BaseException:
+            await finish(_ended(child, wait=0.0), within=20)
+            raise
+        else:
+            if lifetime == "with-us":
+                await finish(_ended(child, wait=_GRACE), within=20)
+        finally:
+            if lifetime == "with-us":
+                wanted.socket.unlink(missing_ok=True)
 
 
 def _listening(path: Path) -> socket.socket:
     # We listen before it starts, so that nobody has to try again until the socket is there.
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(_UMASK)
+    before = os.umask(UMASK)
     try:
         listener.bind(str(path))
         listener.listen(1)
@@ -126,31 +105,13 @@ def _appending(log: Path) -> IO[bytes]:
     return log.open("ab")
 
 
-def _opened(pid: int, log: Path) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        lines = log.read_text(errors="replace").splitlines()
-        raise LocalFailed(f"swtpm ended at once: {''.join(lines[-1:])}") from None
+def _last_word(log: Path) -> str:
+    return "".join(log.read_text(errors="replace").splitlines()[-1:])
 
 
-async def _ended(pidfd: int, *, wait: float) -> None:
+async def _ended(child: Child, *, wait: float) -> None:
     """It goes by itself when QEMU has gone, within *wait* seconds, or is killed."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(wait):
-            await _gone(pidfd)
-            return
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    await _gone(pidfd)
-
-
-async def _gone(pidfd: int) -> None:
-    loop, seen = asyncio.get_running_loop(), asyncio.Event()
-    own = os.dup(pidfd)  # asyncio watches a descriptor once
-    loop.add_reader(own, seen.set)
     try:
-        await seen.wait()
-    finally:
-        loop.remove_reader(own)
-        os.close(own)
+        await child.gone(within=wait)
+    except TimeoutError:
+        await child.kill()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
+from qmpsnap.child import UMASK, Child, Lifetime, started
 from qmpsnap.errors import LaunchFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option, parse
 from qmpsnap.hypervisor.machine.keyval import Fields
@@ -22,11 +21,8 @@ from qmpsnap.hypervisor.machine.relocate import QMP_ID
 from qmpsnap.shield import finish
 
 _BACKLOG = 8  # whoever connects while another client is served waits in the queue
-_UMASK = 0o177  # QEMU's sockets and files are its owner's alone
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 _TAIL = 20  # lines of stderr in a failure
-# Starts "$@" as nobody's child and tells its process id: no zombie of ours when it ends.
-_ORPHANED = 'exec 3>&1; "$@" 3>&- >/dev/null & echo $! >&3'
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +32,15 @@ class Launched:
     pid: int
     qmp: Path
     log: Path
-    _pidfd: int
+    _child: Child
 
     async def exited(self) -> None:
         """Returns when the process has ended."""
-        await _readable(self._pidfd)
+        await self._child.gone()
 
     async def kill(self) -> None:
         """End the process at once, and see that it has ended."""
-        await _killed(self._pidfd)
+        await self._child.kill()
 
 
 @contextlib.asynccontextmanager
@@ -53,7 +49,7 @@ async def launched(
     *,
     directory: Path,
     log: Path,
-    lifetime: Literal["with-us", "detached"] = "with-us",
+    lifetime: Lifetime = "with-us",
     terminal: bool = False,
     inside: Sequence[str] = (),
     hold: Sequence[int] = (),
@@ -77,31 +73,27 @@ async def launched(
         words = _with_descriptor(line, listener.fileno()).argv()
         with _appending(log) as stderr:
             start = stderr.tell()
-            pid = await stack.enter_async_context(
-                _process(
-                    [*inside, *words],
-                    directory,
-                    [listener.fileno(), *hold],
-                    stderr.fileno(),
-                    lifetime,
-                    terminal,
-                )
+            process = started(
+                [*inside, *words],
+                lifetime=lifetime,
+                stderr=stderr.fileno(),
+                directory=directory,
+                hold=[listener.fileno(), *hold],
+                terminal=terminal,
             )
+            try:
+                child = await stack.enter_async_context(process)
+            except ProcessLookupError:
+                raise LaunchFailed(_last_words(log, start, "QEMU ended at once")) from None
         listener.close()  # QEMU has its own copy: when it ends, connecting fails at once
-        pidfd = stack.enter_context(_pidfd(pid, log, start))
         try:
-            await _answered(path, pidfd, log, start, within)
+            await _answered(path, child, log, start, within)
+            if lifetime == "with-us":
+                stack.push_async_callback(lambda: finish(_ended(child), within=20))
         except BaseException:
-            if lifetime == "detached":
-                await finish(_killed(pidfd), within=10)
+            await finish(child.kill() if lifetime == "detached" else _ended(child), within=20)
             raise
-        yield Launched(pid, path, log, pidfd)
-
-
-async def _killed(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    await _readable(pidfd)
+        yield Launched(child.pid, path, log, child)
 
 
 @contextlib.contextmanager
@@ -112,7 +104,7 @@ def _listening(line: CommandLine) -> Iterator[tuple[socket.socket, Path]]:
     if path is None:
         raise LaunchFailed(f"the command line has no chardev {QMP_ID}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        before = os.umask(_UMASK)
+        before = os.umask(UMASK)
         try:
             listener.bind(path)
         except OSError as taken:
@@ -138,78 +130,18 @@ def _with_descriptor(line: CommandLine, number: int) -> CommandLine:
     return line.replace(handed)
 
 
-@contextlib.asynccontextmanager
-async def _process(
-    words: list[str],
-    directory: Path,
-    hold: Sequence[int],
-    stderr: int,
-    lifetime: Literal["with-us", "detached"],
-    terminal: bool,
-) -> AsyncIterator[int]:
-    """Starts *words* and gives the process id; a process "with-us" has ended after the block."""
-    detached = lifetime == "detached"
-    setpriv = shutil.which("setpriv")
-    if not detached and setpriv is None:
-        raise LaunchFailed("setpriv is missing", hint="install the package util-linux")
-    # setpriv sets the signal that the kernel sends when we die, then becomes QEMU: in contrast
-    # to a preexec_fn it runs no Python between fork and exec, which threads would make unsafe.
-    prefix = ["/bin/sh", "-c", _ORPHANED, "sh"] if detached else [str(setpriv), "--pdeathsig=KILL"]
+async def _ended(child: Child) -> None:
+    child.send(signal.SIGTERM)
     try:
-        process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's kills its child with the loop
-            [*prefix, *words],
-            cwd=directory,
-            stdin=None if terminal else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if detached else None if terminal else subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=hold,
-            start_new_session=not terminal,
-            umask=_UMASK,
-        )
-    except OSError as failed:
-        raise LaunchFailed(f"{words[0]}: {failed.strerror or failed}") from failed
-    if detached:
-        with process:
-            told, _ = process.communicate()
-        yield int(told)
-        return
-    try:
-        yield process.pid
-    finally:
-        await finish(_ended(process), within=20)
+        await child.gone(within=_GRACE)
+    except TimeoutError:
+        await child.kill()
 
 
-async def _ended(process: subprocess.Popen[bytes]) -> None:
-    pidfd = os.pidfd_open(process.pid)  # not reaped yet: the id is still its own
-    try:
-        process.terminate()
-        try:
-            async with asyncio.timeout(_GRACE):
-                await _readable(pidfd)
-        except TimeoutError:
-            process.kill()
-            await _readable(pidfd)
-    finally:
-        os.close(pidfd)
-    process.wait()
-
-
-@contextlib.contextmanager
-def _pidfd(pid: int, log: Path, start: int) -> Iterator[int]:
-    try:
-        number = os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise LaunchFailed(_last_words(log, start, "QEMU ended at once")) from None
-    try:
-        yield number
-    finally:
-        os.close(number)
-
-
-async def _answered(path: Path, pidfd: int, log: Path, start: int, within: float) -> None:
+async def _answered(path: Path, child: Child, log: Path, start: int, within: float) -> None:
     """Returns once the machine is complete."""
     answer = asyncio.create_task(_answer(path))
-    ending = asyncio.create_task(_readable(pidfd))
+    ending = asyncio.create_task(child.gone())
     try:
         async with asyncio.timeout(within):
             await asyncio.wait({answer, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -247,19 +179,6 @@ async def _answer(path: Path) -> bool:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-
-
-async def _readable(number: int) -> None:
-    loop = asyncio.get_running_loop()
-    seen = asyncio.Event()
-    # asyncio watches a descriptor once: two who wait for the same need one each
-    own = os.dup(number)
-    loop.add_reader(own, seen.set)
-    try:
-        await seen.wait()
-    finally:
-        loop.remove_reader(own)
-        os.close(own)
 
 
 def _appending(log: Path) -> IO[bytes]:
