@@ -66,6 +66,10 @@ async def stored(
         await asyncio.to_thread(pages.forget, roots.local, vm, id)
         return await _whole(raw, folder, ram, report)
     await asyncio.to_thread(raw.unlink)
+    if not apart.images:  # a machine of a few MiB
+        whole = await _whole(apart.stream, folder, ram, report)
+        await asyncio.to_thread(pages.forget, roots.local, vm, id)
+        return whole
     known = await known_indexes(roots, vm)
     shared = roots.local.shared(vm)
     await asyncio.to_thread(files.make_folders, shared, roots.local.path, side=LocalFailed)

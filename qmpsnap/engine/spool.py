@@ -27,6 +27,7 @@ from qmpsnap.store import files, manifest
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import (
+    RAM_STORED_ONCE,
     Binding,
     Disk,
     FileEntry,
@@ -180,7 +181,7 @@ async def build(
         trial_store=trial,
         shared=list(shared),
         packs=kept.packs,
-        version=2 if kept.packs else 1,
+        version=RAM_STORED_ONCE if kept.ram.index else 1,
     )
     await asyncio.to_thread(files.publish, folder / MANIFEST, encode(manifest), side=LocalFailed)
     return manifest
