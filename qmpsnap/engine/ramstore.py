@@ -21,7 +21,7 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
-from qmpsnap.store import chunking, files, filling, local, pack, pages
+from qmpsnap.store import chunking, files, filling, local, pack, pages, ramindex
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from qmpsnap.hypervisor.vmstate.split import Split
 
 log = logging.getLogger(__name__)
-_INDEX_LIMIT = 1 << 30  # bytes: of a guest of a few TiB
 STREAM = "vmstate/stream.zst"
 
 
@@ -118,9 +117,7 @@ def _indexes_here(roots: Roots, vm: str) -> list[Index]:
     for path in pages.indexes(roots.local, vm):
         try:
             note = pages.read(path.parent)
-            content = files.read_small(path, side=LocalFailed, limit=_INDEX_LIMIT)
-            if files.digest_bytes(content) == note.index_blake3:
-                found.append(Index.decode(content, path))
+            found.append(ramindex.read(path, side=LocalFailed, blake3=note.index_blake3))
         except SnapError as odd:
             log.info("%s", odd)
     return found
@@ -130,10 +127,7 @@ async def _index_on_store(roots: Roots, vm: str, id: str, seal: str) -> list[Ind
     with tempfile.TemporaryDirectory(dir=roots.local.vm(vm)) as folder:
         path = Path(folder) / filling.INDEX
         await roots.store.fetch(vm, id, INDEX, path, seal=seal)
-        content = await asyncio.to_thread(
-            files.read_small, path, side=LocalFailed, limit=_INDEX_LIMIT
-        )
-    return [Index.decode(content, path)]
+        return [await asyncio.to_thread(ramindex.read, path, side=LocalFailed)]
 
 
 async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:

@@ -17,9 +17,10 @@ import msgspec
 from blake3 import blake3
 
 from qmpsnap.errors import LocalFailed, SnapError
+from qmpsnap.store import ramindex
 from qmpsnap.store.chunking import stop_if
 from qmpsnap.store.copying import data_runs
-from qmpsnap.store.files import Progress, read_small, told
+from qmpsnap.store.files import Progress, told
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.shelf import Shelf
 
@@ -33,7 +34,6 @@ _PAGE = 4096
 _THREADS = 2
 _PIECE = 2 << 20  # bytes of RAM that a thread makes at a time
 _AHEAD = 3 * _THREADS
-_INDEX_MAX = 1 << 30
 
 
 class Filled(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,9 +210,8 @@ class _Neighbour:
 
 def _neighbour(folder: Path) -> _Neighbour | None:
     """It only saves work: what cannot be read is none."""
-    path = folder / INDEX
     try:
-        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_MAX), path)
+        index = ramindex.read(folder / INDEX, side=LocalFailed)
         index.ready()  # before threads ask it
     except SnapError:
         return None

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
+from qmpsnap.store import ramindex
 from qmpsnap.store.files import (
     Progress,
     digest_file,
@@ -31,11 +32,9 @@ from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.manifest import Digest, Image, Size
-from qmpsnap.store.ramindex import Index
 
 NOTE = "pages.json"
 _GOING = ".going"
-_INDEX_LIMIT = 1 << 30  # bytes
 _FORMAT, _NEWEST = "qmpsnap-pages", 1
 
 
@@ -149,8 +148,7 @@ def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) 
     """
     try:
         pages = found(folder, index_blake3)
-        path = folder / INDEX
-        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_LIMIT), path)
+        index = ramindex.read(folder / INDEX, side=LocalFailed)
     except (DamagedData, LocalFailed):
         return []
     troubles, done = [], 0

@@ -13,8 +13,8 @@ from qmpsnap.errors import (
     StoreError,
     UsageError,
 )
-from qmpsnap.store import filling, moved, shared, wire
-from qmpsnap.store.files import Progress, Side, expect, expect_size, read_small
+from qmpsnap.store import filling, moved, ramindex, shared, wire
+from qmpsnap.store.files import Progress, Side, expect, expect_size
 from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import Manifest, Pack
@@ -22,7 +22,6 @@ from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import table
 from qmpsnap.store.shelf import Shelf, whereabouts
 
-_INDEX_MAX = 1 << 30
 _PIECE = 32  # chunks that are read at a time
 _NAMED = 8  # packs, or chunks, that one message names
 
@@ -35,8 +34,8 @@ def index_of(manifest: Manifest, path: Path, *, side: Side = StoreError) -> Inde
     entry = manifest.entry(manifest.ram.index) if manifest.ram.index is not None else None
     if entry is None:
         raise UsageError(f"the RAM of {manifest.vm} {manifest.id} is not in packs")
-    expect(path, entry, side=side)
-    index = Index.decode(read_small(path, side=side, limit=_INDEX_MAX), path)
+    expect_size(path, entry, side=side)
+    index = ramindex.read(path, side=side, blake3=entry.blake3)
     listed = {pack.blake3 for pack in manifest.packs}
     if lost := [one.blake3 for one in index.packs if one.blake3 not in listed]:
         raise DamagedData(f"{path}: names packs that the manifest does not list: {in_words(lost)}")
