@@ -64,6 +64,7 @@ def fill(
     to: Path,
     *,
     near: Sequence[Path] = (),
+    near_index: Callable[[Path], Index] | None = None,
     spans: Sequence[Span] | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -73,7 +74,7 @@ def fill(
     Each chunk is checked. One that a folder of *near* has, which holds the images of another
     snapshot with its `ram.index`, is taken from there if it is still what it was; the others are
     taken from the *shelf*. What is in *to* under these names is replaced. Nothing is flushed to
-    the disk. Blocks.
+    the disk. Blocks. *near_index* reads their indexes, where somebody has them at hand.
 
     With *spans* only the chunks that these touch are made, in images that are there (`hollow`):
     perhaps beside another who fills them.
@@ -84,9 +85,11 @@ def fill(
     shelf's folders raise, and Cancelled. What was made is left to the caller.
     """
     with ExitStack() as stack:
-        neighbours = [one for one in map(_neighbour, near) if one is not None]
-        for one in neighbours:
-            stack.callback(one.close)
+        neighbours = []
+        for folder in near:
+            if (one := _neighbour(folder, near_index or _read_near)) is not None:
+                neighbours.append(one)
+                stack.callback(one.close)
         run = _Filling(index, shelf, neighbours, spans)
         total, done = sum(block.bytes for block in index.blocks), 0
         for number, block in enumerate(index.blocks):
@@ -208,10 +211,14 @@ class _Neighbour:
             os.close(descriptor)
 
 
-def _neighbour(folder: Path) -> _Neighbour | None:
+def _read_near(path: Path) -> Index:
+    return ramindex.read(path, side=LocalFailed)
+
+
+def _neighbour(folder: Path, read: Callable[[Path], Index]) -> _Neighbour | None:
     """It only saves work: what cannot be read is none."""
     try:
-        index = ramindex.read(folder / INDEX, side=LocalFailed)
+        index = read(folder / INDEX)
         index.ready()  # before threads ask it
     except SnapError:
         return None

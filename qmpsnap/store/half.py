@@ -42,7 +42,9 @@ from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
+from qmpsnap.store.ramindex import Index
 from qmpsnap.store.shelf import Shelf
+from qmpsnap.store.sources import Sources
 
 _SMALL = 16 << 20
 _GONE = "the store half is not sealed, or not there"
@@ -224,21 +226,28 @@ def sweep(root: StoreRoot, vm: str, progress: Progress, waiting: Sequence[str] =
         sweeping.sweep(root, vm, progress, waiting=waiting)
 
 
-def fill(root: StoreRoot, request: wire.Fill, progress: Progress) -> Filled:
+def fill(
+    root: StoreRoot, request: wire.Fill, progress: Progress, sources: Sources | None = None
+) -> Filled:
     """Make the page images of a snapshot, also of one that is in the spool yet.
 
-    Raises what `filling.fill` does.
+    What *sources* has of an earlier request is not looked for again. Raises what `filling.fill`
+    does.
     """
+    return (sources or Sources()).fill(request, lambda: _sources(root, request), progress)
+
+
+def _sources(root: StoreRoot, request: wire.Fill) -> tuple[Index, Shelf]:
     if request.spool is None:
         _, manifest = _sealed(root, request)
         if manifest.ram.index is None:
             raise UsageError(f"{request.vm} {request.id} has no RAM in packs")
-        index = _path(root, request, _entry(manifest, manifest.ram.index))
-        return ramhalf.fill(manifest, index, _shelf(root, request, None), request, progress)
+        path = _path(root, request, _entry(manifest, manifest.ram.index))
+        return ramhalf.index_of(manifest, path), _shelf(root, request, None)
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    shelf = _shelf(root, request, request.shared)
-    return ramhalf.fill(manifest, spool / str(manifest.ram.index), shelf, request, progress)
+    index = ramhalf.index_of(manifest, spool / str(manifest.ram.index))
+    return index, _shelf(root, request, request.shared)
 
 
 def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire.Problem]:

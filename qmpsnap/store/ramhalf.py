@@ -1,4 +1,4 @@
-"""The RAM of a store half that is in packs: the only place that ships, checks and fills it."""
+"""The RAM of a store half that is in packs: the only place that ships and checks it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from qmpsnap.errors import (
     StoreError,
     UsageError,
 )
-from qmpsnap.store import filling, moved, ramindex, shared, wire
+from qmpsnap.store import moved, ramindex, shared, wire
 from qmpsnap.store.files import Progress, Side, expect, expect_size
-from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import Manifest, Pack
 from qmpsnap.store.ramindex import Index, Named
@@ -143,21 +142,6 @@ def _unread(index: Index, shelf: Shelf, rows: Sequence[int]) -> Iterator[int]:
             return
         for row in rows:
             yield from _unread(index, shelf, [row])
-
-
-def fill(
-    manifest: Manifest, path: Path, shelf: Shelf, request: wire.Fill, progress: Progress
-) -> Filled:
-    """Make the page images that *request* is for, out of *shelf*, which is closed then.
-
-    Raises as `index_of` and `filling.fill`.
-    """
-    with shelf:
-        near = [Path(one) for one in request.near]
-        index = index_of(manifest, path)
-        return filling.fill(
-            index, shelf, Path(request.to), near=near, spans=request.spans, on_progress=progress
-        )
 
 
 def in_words(names: Sequence[str]) -> str:

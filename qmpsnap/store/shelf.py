@@ -43,8 +43,9 @@ class _Place:
 
 
 class Shelf(AbstractContextManager["Shelf"]):
-    """The packs in *folders*; a pack is taken from the first that has it. Close it after use.
+    """The packs in *folders*; a pack is taken from the first that has it.
 
+    No file is open after the block, and where packs lie is still known in a next one.
     Any number of threads may read at once.
     """
 
@@ -58,6 +59,11 @@ class Shelf(AbstractContextManager["Shelf"]):
     def __exit__(self, *ended: object) -> None:
         for descriptor in self._all:
             os.close(descriptor)
+        self._all, self._mine = set(), threading.local()
+
+    def forget(self) -> None:
+        """Look for each pack anew: one may have been moved."""
+        self._found.clear()
 
     def pack(self, named: Named) -> Lying:
         """Where *named* lies. Raises HalfMissing, DamagedData, and the folders' own errors."""
