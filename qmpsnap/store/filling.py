@@ -87,7 +87,7 @@ def fill(
     with ExitStack() as stack:
         neighbours = []
         for folder in near:
-            if (one := _neighbour(folder, near_index or _read_near)) is not None:
+            if (one := neighbour(folder, near_index or read_near)) is not None:
                 neighbours.append(one)
                 stack.callback(one.close)
         run = _Filling(index, shelf, neighbours, spans)
@@ -119,7 +119,7 @@ class _Filling:
         self,
         index: Index,
         shelf: Shelf,
-        near: Sequence[_Neighbour],
+        near: Sequence[Neighbour],
         spans: Sequence[Span] | None,
     ) -> None:
         self._index, self._shelf, self._near, self._spans = index, shelf, near, spans
@@ -186,7 +186,7 @@ def _write(descriptor: int, path: Path, content: bytes, at: int) -> None:
 
 
 @dataclass(slots=True)
-class _Neighbour:
+class Neighbour:
     """The images of another snapshot, which may be what we need; or may have gone."""
 
     index: Index
@@ -207,22 +207,24 @@ class _Neighbour:
         return content if blake3(content).digest() == digest else None
 
     def close(self) -> None:
+        """Its images are closed."""
         for descriptor in self.images.values():
             os.close(descriptor)
 
 
-def _read_near(path: Path) -> Index:
+def read_near(path: Path) -> Index:
+    """A near index, read anew. Raises LocalFailed, DamagedData."""
     return ramindex.read(path, side=LocalFailed)
 
 
-def _neighbour(folder: Path, read: Callable[[Path], Index]) -> _Neighbour | None:
-    """It only saves work: what cannot be read is none."""
+def neighbour(folder: Path, read: Callable[[Path], Index] = read_near) -> Neighbour | None:
+    """The images in *folder*, open; None for what cannot be read: it only saves work."""
     try:
         index = read(folder / INDEX)
         index.ready()  # before threads ask it
     except SnapError:
         return None
-    found = _Neighbour(index)
+    found = Neighbour(index)
     for number in range(len(index.blocks)):
         try:
             found.images[number] = os.open(

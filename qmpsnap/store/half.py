@@ -42,7 +42,7 @@ from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
-from qmpsnap.store.ramindex import Index
+from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.shelf import Shelf
 from qmpsnap.store.sources import Sources
 
@@ -246,16 +246,15 @@ def _sources(root: StoreRoot, request: wire.Fill) -> tuple[Index, Shelf]:
         return ramhalf.index_of(manifest, path), _shelf(root, request, None)
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    index = ramhalf.index_of(manifest, spool / str(manifest.ram.index))
-    return index, _shelf(root, request, request.shared)
+    index = ramhalf.index_of(manifest, spool / str(manifest.ram.index), side=LocalFailed)
+    return index, _shelf(root, request, request.shared, manifest)
 
 
 def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire.Problem]:
     """What is wrong with the RAM of a half that is in the spool yet. Raises LocalFailed."""
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    shelf = _shelf(root, request, request.shared)
-    with shelf:
+    with _shelf(root, request, request.shared, manifest) as shelf:
         found = ramhalf.sizes(manifest, shelf)
         if request.whole:
             index = spool / str(manifest.ram.index)
@@ -263,12 +262,26 @@ def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire
     return found
 
 
-def _shelf(root: StoreRoot, request: wire.Half, local: str | None) -> Shelf:
-    for folder in (root.vm(request.vm), root.shared(request.vm)):
-        if os.path.lexists(folder) and not _is_folder(folder):
-            raise StoreError(f"{folder}: not a folder of ours")
-    there: list[tuple[Path, Side]] = [(root.shared(request.vm), StoreError)]
-    return Shelf([*([(Path(local), LocalFailed)] if local else []), *there])
+def lost(root: StoreRoot, vm: str, packs: Sequence[Named], progress: Progress) -> list[str]:
+    """Which of *packs* are not there, nor moved, or not of their size. Raises StoreError."""
+    if not packs:
+        return []
+    _entries(root.path)  # on a store that is not there, nothing is lost
+    return ramhalf.lost(root, vm, packs, progress)
+
+
+def _shelf(
+    root: StoreRoot, request: wire.Half, local: str | None, spooled: Manifest | None = None
+) -> Shelf:
+    """With *spooled* also what other VMs are to give when that is shipped."""
+    packs = spooled.packs if spooled is not None else []
+    there: list[tuple[Path, Side]] = [(Path(local), LocalFailed)] if local else []
+    for vm in dict.fromkeys([request.vm, *(one.origin for one in packs if one.origin)]):
+        for folder in (root.vm(vm), root.shared(vm)):
+            if os.path.lexists(folder) and not _is_folder(folder):
+                raise StoreError(f"{folder}: not a folder of ours")
+        there.append((root.shared(vm), StoreError))
+    return Shelf(there)
 
 
 def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
@@ -309,7 +322,8 @@ def _deliver(root: StoreRoot, request: wire.Ship, manifest: Manifest, progress: 
     for entry in {one.blake3: one.entry for one in manifest.shared}.values():
         shared.deliver(root, request.vm, entry, _kept(request), progress)
     if manifest.packs:
-        ramhalf.deliver(root, manifest, Path(request.spool), _kept(request), progress)
+        spool, folder = Path(request.spool), _kept(request)
+        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead)
 
 
 def _plain(manifest: Manifest) -> list[FileEntry]:

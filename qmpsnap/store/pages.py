@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -112,14 +112,17 @@ def indexes(root: LocalRoot, vm: str) -> list[Path]:
     return [path for one in reversed(_folders(root, vm)) if (path := one / INDEX).exists()]
 
 
-def trim(root: LocalRoot, vm: str, keep: int) -> None:
+def trim(root: LocalRoot, vm: str, keep: int, also: Collection[str] = ()) -> None:
     """Only the page images of the *keep* newest snapshots stay, and the newest one's index.
+
+    Those of the snapshots *also* stay, too.
 
     What a run has left that was cut off goes, too. The caller holds the VM's lock. A machine that
     runs on such pages keeps them until it ends. Raises LocalFailed.
     """
     folders = [one for one in _folders(root, vm) if (one / NOTE).exists()]
     kept = folders[max(0, len(folders) - keep) :]
+    kept += [one for one in folders if one.name in also]
     with told(root.ram(vm), LocalFailed):
         for one in _folders(root, vm):
             if one in kept:

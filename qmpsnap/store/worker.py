@@ -77,6 +77,8 @@ def answer_to(request: wire.AnyRequest) -> Any:
             return half.fill(root, request, _progress, _sources)
         case wire.Packs():
             return half.packs(root, request, _progress)
+        case wire.Lost(vm=vm, packs=packs):
+            return half.lost(root, vm, packs, _progress)
 
 
 def examine_root(root: StoreRoot) -> Filesystem:

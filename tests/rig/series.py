@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from qmpsnap.errors import PacksMissing
 from qmpsnap.store import chunking, half, shared, wire
 from qmpsnap.store.files import digest_file
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
-from qmpsnap.store.ramindex import Index
+from qmpsnap.store.ramindex import Index, Named
+from qmpsnap.store.remaking import remade
 from tests.rig.halves import spooled
 from tests.rig.ram import PAGE, page, write_image
 
@@ -32,7 +36,14 @@ class Series:
         self.store.path.mkdir(exist_ok=True)
         self.known: dict[str, Index] = {}
 
-    def spool(self, id: str, pages: dict[int, bytes], *known: str) -> Manifest:
+    def spool(
+        self,
+        id: str,
+        pages: dict[int, bytes],
+        *known: str,
+        lent: Sequence[tuple[str, Index]] = (),
+        pack_bytes: int = chunking.PACK,
+    ) -> Manifest:
         """A sealed spool, whose packs lie in the folder that snapshots share."""
         spool = spooled(self.local, self.vm, id)
         self.local.shared(self.vm).mkdir(exist_ok=True)
@@ -41,7 +52,9 @@ class Series:
             self.local.shared(self.vm),
             [self.known[one] for one in known],
             stored_pages=[len(pages)],
+            lent=lent,
             chunk_bytes=CHUNK,
+            pack_bytes=pack_bytes,
         )
         self.known[id] = kept.known
         (spool / "vmstate/ram.index").write_bytes(kept.index)
@@ -56,12 +69,12 @@ class Series:
         path.write_bytes(encode(made))
         return made
 
-    def ship(self, id: str) -> wire.Shipped:
+    def ship(self, id: str, instead: Mapping[str, Named] | None = None) -> wire.Shipped:
         """As the engine: shipped, the spool removed, and the copies that went with it."""
         spool = self.local.spool(self.vm, id)
         request = wire.Ship(
             root=str(self.store.path), vm=self.vm, id=id, spool=str(spool), device=None,
-            shared=str(self.local.shared(self.vm)),
+            shared=str(self.local.shared(self.vm)), instead=dict(instead or {}),
         )  # fmt: skip
         shipped = half.ship(self.store, request, quiet)
         for path in sorted(spool.rglob("*"), reverse=True):
@@ -75,6 +88,14 @@ class Series:
         assert waiting is not None
         request = wire.Remove(root=str(self.store.path), vm=self.vm, id=id, waiting=sorted(waiting))
         half.remove(self.store, request, quiet)
+
+    def remade(self, id: str, lost: PacksMissing) -> dict[str, Named]:
+        """As the engine: what is lost is made again from the page images of *id*."""
+        near = self.path / f"near-{id}"
+        near.mkdir(exist_ok=True)
+        shutil.copy(self.path / id / "pc.ram", near / "0.pages")
+        (near / "ram.index").write_bytes(self.known[id].encode())
+        return remade(self.known[id], lost.packs, [near], self.local.shared(self.vm))
 
     def verify(self, id: str) -> list[wire.Problem]:
         request = wire.Verify(root=str(self.store.path), vm=self.vm, id=id, seal=None)
