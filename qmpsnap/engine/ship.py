@@ -15,7 +15,7 @@ from qmpsnap.engine.roots import Roots, judge, moment
 from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, VmBusy
 from qmpsnap.host import lock
 from qmpsnap.host.priority import stoppable
-from qmpsnap.store import files, local, pages, ramindex, remaking, shared
+from qmpsnap.store import files, hurt, local, pages, ramindex, remaking, shared
 from qmpsnap.store.manifest import Paired
 from qmpsnap.store.ramindex import NAME as INDEX
 from qmpsnap.store.ramindex import Named
@@ -43,6 +43,8 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     def tell(done: int, total: int, what: str) -> None:
         report(f"shipping {what}" if what else "shipping", done, total)
 
+    anew = await asyncio.to_thread(_to_replace, roots, vm)
+
     async def sent(device: int, instead: Mapping[str, Named]) -> Shipped:
         return await roots.store.ship(
             spool,
@@ -51,6 +53,7 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
             device=device,
             shared=roots.local.shared(vm),
             instead=instead,
+            anew=anew,
             on_progress=tell,
         )
 
@@ -72,10 +75,17 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
         shipped_at=moment(),
     )
     await asyncio.to_thread(local.mark_paired, roots.local, vm, note)
+    await asyncio.to_thread(hurt.seen, roots.local, vm, (), anew)
     await asyncio.to_thread(_remove, spool)
     await asyncio.to_thread(shared.sweep_local, roots.local, vm)
     await ramstore.trimmed(roots, vm)
     return Delivered(vm, id, shipped.bytes)
+
+
+def _to_replace(roots: Roots, vm: str) -> set[str]:
+    """Packs that are here, and were damaged when somebody last read them on the store."""
+    damaged = hurt.packs(roots.local, vm)
+    return {one for one in damaged if (roots.local.shared(vm) / one).exists()}
 
 
 async def _made_again(

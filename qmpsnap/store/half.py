@@ -64,7 +64,7 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
     if os.path.lexists(path) and read_small(path, side=StoreError) != content:
         raise StoreError(f"{path}: another store half is sealed there")
     make_folders(path.parent, root.path, side=StoreError)
-    _deliver(root, request, manifest, progress)
+    _deliver(root, request, manifest, progress, request.anew)
     for entry in manifest.files:
         src, dst = spool / entry.name, path.parent / entry.name
         if not os.path.lexists(src):
@@ -318,12 +318,18 @@ def _manifest(
     return content, manifest
 
 
-def _deliver(root: StoreRoot, request: wire.Ship, manifest: Manifest, progress: Progress) -> None:
+def _deliver(
+    root: StoreRoot,
+    request: wire.Ship,
+    manifest: Manifest,
+    progress: Progress,
+    anew: Sequence[str] = (),
+) -> None:
     for entry in {one.blake3: one.entry for one in manifest.shared}.values():
         shared.deliver(root, request.vm, entry, _kept(request), progress)
     if manifest.packs:
         spool, folder = Path(request.spool), _kept(request)
-        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead)
+        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead, anew)
 
 
 def _plain(manifest: Manifest) -> list[FileEntry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -49,12 +49,14 @@ def deliver(
     folder: Path,
     progress: Progress,
     instead: Mapping[str, Named] | None = None,
+    anew: Collection[str] = (),
 ) -> None:
     """All packs of *manifest* are on the store, copied from *folder* where they were not there.
 
     One that was moved, with all that is needed of it, is there. One that is lost is, when *folder*
     has another one *instead* of it that has all that is needed. What another VM is to give is
-    taken from there. Raises PacksMissing before anything is copied, and as `shared.deliver`.
+    taken from there. Those of *anew* replace what is damaged. Raises PacksMissing before anything
+    is copied, and as `shared.deliver`.
     """
     waiting: list[FileEntry] = []
     notes: list[tuple[Path, Named]] = []
@@ -62,6 +64,9 @@ def deliver(
     needs = _Needs(manifest, spool)
     for pack in manifest.packs:
         needed = partial(needs.of, pack.blake3)
+        if pack.blake3 in anew and _is_here(folder, pack.entry):
+            waiting.append(pack.entry)
+            continue
         if shared.arrived(root, manifest.vm, pack.entry) or _moved(root, manifest, pack, needed):
             continue
         if _is_here(folder, pack.entry):
@@ -80,7 +85,8 @@ def deliver(
             packs=tuple(lost),
         )
     for entry in waiting + [_entry(new) for _, new in notes]:
-        shared.deliver(root, manifest.vm, entry, folder, progress)
+        again = entry.blake3 in anew
+        shared.deliver(root, manifest.vm, entry, folder, progress, anew=again)
     for old, new in notes:
         moved.write(old, new, side=StoreError)
 

@@ -59,19 +59,22 @@ class Store:
         device: int | None = None,
         shared: Path | None = None,
         instead: Mapping[str, Named] | None = None,
+        anew: Collection[str] = (),
         on_progress: Progress | None = None,
     ) -> wire.Shipped:
         """Copy a sealed spool to the store and seal it there; may be broken off and repeated.
 
         *device* (of `examine`) makes sure that the store is still mounted: else StoreRefused.
         *shared* is the folder that has the files which it shares with other snapshots; *instead* of
-        packs that were lost it has those (by the digests of the lost ones).
+        packs that were lost it has those (by the digests of the lost ones), and those *anew* whose
+        copies on the store are damaged.
 
         Raises PacksMissing, HalfMissing, ManifestError, DigestMismatch, LocalFailed for the spool.
         """
         request = wire.Ship(
             root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool), device=device,
             shared=_spelled(shared) if shared is not None else None, instead=dict(instead or {}),
+            anew=sorted(anew),
         )  # fmt: skip
         return await self._ask(request, wire.Shipped, on_progress)
 

@@ -45,13 +45,15 @@ class Ship(Half, frozen=True, kw_only=True):
     """*device*: the store root must still be on this one (it was judged to be a store).
 
     *shared*: the folder that has the files which are shared with other snapshots. *instead*: by
-    the digests of lost packs, those in that folder that have what is needed of them.
+    the digests of lost packs, those in that folder that have what is needed of them. *anew*: the
+    digests of those in it whose copies on the store are damaged.
     """
 
     spool: str
     device: int | None
     shared: str | None = None
     instead: dict[str, Named] = {}
+    anew: list[str] = []
 
 
 class Sealed(Half, frozen=True, kw_only=True):
