@@ -14,7 +14,7 @@ from qmpsnap.errors import (
     StoreError,
     UsageError,
 )
-from qmpsnap.store import lending, moved, ramindex, shared, wire
+from qmpsnap.store import lending, moved, ramindex, remaking, shared, wire
 from qmpsnap.store.files import Progress, Side, expect, expect_size
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack
@@ -59,7 +59,7 @@ def deliver(
     is copied, and as `shared.deliver`.
     """
     waiting: list[FileEntry] = []
-    notes: list[tuple[Path, Named]] = []
+    replaced: list[tuple[Path, Named]] = []
     lost: list[str] = []
     needs = _Needs(manifest, spool)
     for pack in manifest.packs:
@@ -73,8 +73,8 @@ def deliver(
             waiting.append(pack.entry)
         elif lending.lend(root, manifest.vm, pack, needed, progress):
             continue
-        elif note := _replaced(root, manifest, pack, folder, needed, instead or {}):
-            notes.append(note)
+        elif new := _instead(pack, folder, needed, instead or {}):
+            replaced.append((root.shared(manifest.vm) / pack.blake3, new))
         else:
             lost.append(pack.blake3)
     if lost:
@@ -84,11 +84,11 @@ def deliver(
             hint="they could not be made again: no page images that are kept here have all of it",
             packs=tuple(lost),
         )
-    for entry in waiting + [_entry(new) for _, new in notes]:
+    for entry in waiting + [_entry(new) for _, new in replaced]:
         again = entry.blake3 in anew
         shared.deliver(root, manifest.vm, entry, folder, progress, anew=again)
-    for old, new in notes:
-        moved.write(old, new, side=StoreError)
+    for old, new in replaced:
+        _replace(old, new, progress)
 
 
 class _Needs:
@@ -110,28 +110,28 @@ class _Needs:
         return self._all.get(pack, set())
 
 
-def _replaced(
-    root: StoreRoot,
-    manifest: Manifest,
-    pack: Pack,
-    folder: Path,
-    needed: Callable[[], set[bytes]],
-    instead: Mapping[str, Named],
-) -> tuple[Path, Named] | None:
-    """The pack in *folder* that is to stand for *pack*, and the name that is to lead to it.
-
-    None where there is none, or where that name is taken: by a pack that was cut short, or by one
-    that *pack* was moved into, and that lacks some of it.
-    """
+def _instead(
+    pack: Pack, folder: Path, needed: Callable[[], set[bytes]], instead: Mapping[str, Named]
+) -> Named | None:
+    """The pack in *folder* that is to stand for *pack*, if it has all that is needed."""
     new = instead.get(pack.blake3)
     if new is None or not _is_here(folder, _entry(new)):
         return None
-    if not needed() <= table(folder / new.blake3, side=LocalFailed).keys():
-        return None
-    old = root.shared(manifest.vm) / pack.blake3
+    return new if needed() <= table(folder / new.blake3, side=LocalFailed).keys() else None
+
+
+def _replace(old: Path, new: Named, progress: Progress) -> None:
+    """The lost pack *old* leads to *new*, which is beside it now.
+
+    What it was moved into before, and what is left of it, may be needed by others: it stays, as a
+    part of one that has both. Raises StoreError; DamagedData where it cannot.
+    """
     if follow := moved.trail(old, side=StoreError):
         old = old.with_name(follow[-1].blake3)
-    return None if moved.there(old) else (old, new)
+    if (there := moved.there(old)) is None:
+        moved.write(old, new, side=StoreError)
+    elif there.name != new.blake3:
+        remaking.joined(old, there, old.with_name(new.blake3), progress)
 
 
 def _is_here(folder: Path, entry: FileEntry) -> bool:

@@ -1,4 +1,4 @@
-"""Packs that were lost, made again from page images: the only place that does."""
+"""Packs that were lost, made again from page images: the only place that does, and puts them in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from qmpsnap.errors import PacksMissing
+from qmpsnap.errors import PacksMissing, StoreError
+from qmpsnap.store import moved
 from qmpsnap.store.chunking import stop_if
-from qmpsnap.store.files import Progress
+from qmpsnap.store.files import Progress, sync_folder, told
 from qmpsnap.store.filling import Neighbour, neighbour
 from qmpsnap.store.pack import frame_of
 from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.rampack import Writer
+from qmpsnap.store.rampack import Writer, copy, table
 
 
 def remade(
@@ -56,6 +57,26 @@ def remade(
             packs=tuple(missing),
         )
     return found
+
+
+def joined(name: Path, path: Path, new: Path, progress: Progress | None) -> None:
+    """What the pack *name* has, and *new*, is in a third one, which *name* leads to. It goes.
+
+    It is the file *path* now (a sweep may have put it aside). Raises StoreError, DamagedData: it
+    is as it was then.
+    """
+    writer = Writer(name.parent, side=StoreError)
+    try:
+        written: set[bytes] = set()
+        for one in (path, new):
+            copy(one, table(one, side=StoreError), writer, written, progress)
+        pack = writer.close(progress)
+    finally:
+        writer.discard()
+    moved.write(name, Named(blake3=pack.blake3, bytes=pack.bytes), side=StoreError)
+    with told(path, StoreError):
+        path.unlink(missing_ok=True)
+        sync_folder(name.parent)
 
 
 def _written(

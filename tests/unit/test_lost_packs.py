@@ -106,6 +106,32 @@ async def test_without_pages_it_waits(host):
     host.whole(IDS[1])
 
 
+@pytest.mark.parametrize("aside", [False, True])
+async def test_two_that_need_different_parts_of_it(host, aside):
+    (pack,) = host.taken(IDS[0], IMAGE).packs
+    await ship(host.roots(), "web", IDS[0], silent)
+    parts = [range(16), range(8, 32), range(28, 48)]
+    for id, part in zip(IDS[1:4], parts, strict=True):
+        host.taken(id, {at: page(at) for at in part}, IDS[0])
+    folder = host.store.shared("web")
+    (folder / pack.blake3).unlink()
+    await host.roots().store.remove("web", IDS[0], sweep=False)
+    for number, id in enumerate(IDS[1:4], 1):
+        await ship(host.roots(ram_images=3), "web", id, silent)
+        if aside:  # a sweep that died has left them so
+            for one in names(folder):
+                (folder / one).rename(folder / (one.removesuffix(".going") + ".going"))
+        host.whole(*IDS[1 : number + 1])
+    await host.roots().store.sweep("web")
+    host.whole(*IDS[1:4])
+    left = names(folder)
+    assert len([one for one in left if "." not in one]) == 1
+    for number, id in enumerate(IDS[1:4], 2):
+        host.remove(id)
+        host.whole(*IDS[number:4])
+    assert names(host.store.vm("web")) == []
+
+
 async def test_a_lost_pack_is_not_relied_on(host):
     first = host.taken(IDS[0], IMAGE).packs[0].blake3
     await ship(host.roots(), "web", IDS[0], silent)

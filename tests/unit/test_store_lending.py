@@ -251,7 +251,7 @@ def test_of_a_pack_that_is_barely_used_nothing_is_taken(two):
     assert set(names(two.store.shared("web"))) == shared
 
 
-@pytest.mark.parametrize("harm", ["", "gone", "no links"])
+@pytest.mark.parametrize("harm", ["", "gone", "no links", "joined"])
 def test_cut_off_at_every_step(tmp_path, monkeypatch, harm):
     """Each change of the file system in turn is the last one; the next run ships, or remakes."""
     steps = ["rename", "replace", "link", "unlink", "mkdir", "write", "fsync"]
@@ -263,9 +263,18 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch, harm):
         two.golden.spool(IDS[0], IMAGE | {60: page("golden")})
         two.golden.ship(IDS[0])
         two.waiting()
-        instead = {}
-        if harm == "gone":
+        instead, others = {}, []
+        if harm == "joined":  # another one has had a part of the lost pack made again
+            lent = [("golden", two.golden.known[IDS[0]])]
+            two.web.spool(IDS[3], {at: page(at) for at in range(28)}, lent=lent)
+            others = [IDS[3]]
+        if harm in ("gone", "joined"):
             two.golden.remove(IDS[0])
+        for id in others:
+            with pytest.raises(PacksMissing) as lost:
+                two.web.ship(id)
+            two.web.ship(id, two.web.remade(id, lost.value))
+        if harm in ("gone", "joined"):
             with pytest.raises(PacksMissing) as lost:
                 two.web.ship(IDS[1])
             instead = two.web.remade(IDS[1], lost.value)
@@ -296,18 +305,20 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch, harm):
                 half.ship(two.store, request, quiet)
             except Cut:
                 cut = True
-        if harm != "gone":
+        two.web.whole(*others)
+        if not instead:
             two.golden.whole(IDS[0])
         two.web.ship(IDS[1], instead)
-        two.web.whole(IDS[1])
-        if harm != "gone":
+        two.web.whole(IDS[1], *others)
+        if not instead:
             two.golden.remove(IDS[0])
-        two.web.whole(IDS[1])
         sweeping.sweep(two.store, "web")
+        two.web.whole(IDS[1], *others)
         left = [one for one in names(two.store.shared("web")) if not one.endswith(".moved")]
         assert len(left) == 2
         assert all("." not in one for one in left)
-        two.web.remove(IDS[1])
+        for id in (IDS[1], *others):
+            two.web.remove(id)
         assert names(two.store.vm("web")) == []
         if not cut:
             break
