@@ -27,10 +27,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):
-    """The sockets of one VM."""
+    """The sockets of one VM; *ram_from*: other VMs whose RAM is not stored again for it."""
 
     socket: Path
     agent_socket: Path | None = None
+    ram_from: tuple[str, ...] = ()
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 class _VmTable(msgspec.Struct, frozen=True):
     socket: str
     agent_socket: str | None = None
+    ram_from: list[str] = []
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -142,7 +144,14 @@ def _vm(path: Path, name: str, words: dict[str, object]) -> Vm:
     table = _convert(path, words, _VmTable, f"vm.{name}.")
     socket = _path(path, table.socket)
     assert socket is not None
-    return Vm(socket=socket, agent_socket=_path(path, table.agent_socket))
+    for other in table.ram_from:
+        if not is_vm_name(other):
+            raise ConfigError(f"{path}: vm.{name}.ram_from: not a name for a VM: {other!r}")
+    return Vm(
+        socket=socket,
+        agent_socket=_path(path, table.agent_socket),
+        ram_from=tuple(table.ram_from),
+    )
 
 
 def _convert(path: Path, table: dict[str, object], kind: type[T], prefix: str) -> T:

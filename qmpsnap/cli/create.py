@@ -25,6 +25,7 @@ Examples:
   qmpsnap create web --socket /run/web.sock --local /srv/snap --store /mnt/nas
   qmpsnap create web --ram none --quiesce agent --note "before the upgrade"
   qmpsnap create web --metrics-file /var/lib/node_exporter/qmpsnap-web.prom
+  qmpsnap create web2 --ram-from web
   qmpsnap create web --dry-run
 
 \b
@@ -103,6 +104,17 @@ async def create(
     ] = None,
     compress: options.Compress = False,
     speed_limit: options.SpeedLimit = None,
+    ram_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ram-from",
+            metavar="VM",
+            help="What the newest snapshot of this VM has of the RAM is not stored again: for VMs "
+            "of one image. The store needs to make hard links, or it is copied there. May be "
+            "repeated. Default: `ram_from` of the configuration.",
+            show_default=False,
+        ),
+    ] = None,
     note: Annotated[
         str,
         typer.Option(
@@ -148,6 +160,7 @@ async def create(
         rebind=rebind,
         pause=duration("--pause", pause),
         copying=copying(compress, speed_limit),
+        ram_from=call.ram_from(vm, ram_from),
     )
     engine, machine = call.engine(), call.machine(vm)
     if dry_run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -87,6 +88,21 @@ class Call:
         if reach and qmp is None:
             raise VmUnknown(f"no VM {name!r} is known: where is its QMP socket?")
         return Machine(name, qmp.absolute() if qmp else None, agent.absolute() if agent else None)
+
+    def ram_from(self, name: str, given: Sequence[str] | None) -> tuple[str, ...]:
+        """The VMs whose RAM is not stored again for *name*: those *given*, or the configuration's.
+
+        Raises UsageError for what is no name, ConfigError.
+        """
+        if given is None:
+            known = self.settings.vms.get(name)
+            return known.ram_from if known is not None else ()
+        from qmpsnap.ids import is_vm_name
+
+        for other in given:
+            if not is_vm_name(other):
+                raise UsageError(f"--ram-from: not a name for a VM: {other!r}")
+        return tuple(given)
 
     def _root(self, word: str, path: Path | None, *, needed: bool) -> Path:
         if path is None and needed:

@@ -101,7 +101,9 @@ async def verify(
             out.table(("WHERE", "WHAT"), [[it.where, it.what] for it in found.findings])
     if found.findings:
         count = len(found.findings)
-        raise DamagedData(f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}")
+        raise DamagedData(
+            f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}", hint=found.hint
+        )
 
 
 def _seen(boot: Boot) -> str:

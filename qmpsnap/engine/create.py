@@ -86,6 +86,8 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
 async def _plan(
     roots: Roots, facts: survey.Survey, wishes: Wishes, id: SnapshotId, points: Points
 ) -> Plan:
+    for other in wishes.ram_from:
+        roots.local.vm(other)  # refuses what is no name
     chosen = await asyncio.to_thread(chosen_levels, facts, wishes, points)
     await asyncio.to_thread(allowance.refuse, facts)
     return plan(facts, wishes, id, roots.local.layers(facts.machine.name), chosen)
@@ -151,7 +153,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             store = judged.store if judged else None
             used = usage.of(machine.name, str(id), before, after, store=store, earlier=earlier)
             half, manifest = await _sealed(
-                roots, made, facts, captured, copied, used, wishes.note, trial, report, boot, held
+                roots, made, facts, captured, copied, used, wishes, trial, report, boot, held
             )
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
@@ -216,7 +218,7 @@ async def _sealed(
     captured: Captured,
     copied: Mapping[str, Copied],
     used: usage.Usage,
-    note: str,
+    wishes: Wishes,
     trial: bool,
     report: Report,
     boot: Sequence[Shared],
@@ -233,9 +235,10 @@ async def _sealed(
         half,
         used,
         raw=folder / "stream",
-        note=note,
+        note=wishes.note,
         trial=trial,
         report=report,
+        lenders=wishes.ram_from,
         shared=boot,
         held=held,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import chain, repeat
@@ -64,29 +64,41 @@ class Demand:
                 if self._done >= end or (number, at) in self._there:
                     continue
                 size = min(_AROUND, self._sizes[number] - at)
-                await self._fetched(self._quick, [(number, at, size)], _silent)
+                only = [(number, at, size)]
+                await self._fetched(self._quick, only.copy, _silent)
                 self._there.add((number, at))
 
     async def all(self) -> None:
         """Fill the images from their first byte to their last."""
-        whole = [(number, 0, size) for number, size in enumerate(self._sizes)]
 
         def tell(what: str, done: int, total: int) -> None:
             self._reached(done)
 
         with suppress(SnapError):  # who waits for these pages is told
-            await self._fetched(self._pair, whole, tell)
+            await self._fetched(self._pair, self._left, tell)
         self._reached(sum(self._sizes) if self.failed is None else 0)
+
+    def _left(self) -> list[Span]:
+        """What is not there yet."""
+        found, first = [], 0
+        for number, size in enumerate(self._sizes):
+            start = min(size, max(0, self._done - first))
+            if start < size:
+                found.append((number, start, size - start))
+            first += size
+        return found
 
     def _reached(self, done: int) -> None:
         self._done = max(self._done, done)
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def _fetched(self, pair: Pair, spans: Sequence[Span], report: Report) -> None:
+    async def _fetched(
+        self, pair: Pair, spans: Callable[[], Sequence[Span]], report: Report
+    ) -> None:
         for again in chain(_AGAIN, repeat(_AGAIN[-1])):
             try:
-                await pair.fill(self._folder, report, near=self._near, spans=spans)
+                await pair.fill(self._folder, report, near=self._near, spans=spans())
                 break
             except StoreError as dead:
                 log.warning("the guest waits for its pages: %s", dead)

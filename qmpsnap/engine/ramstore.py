@@ -9,29 +9,27 @@ import asyncio
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from qmpsnap.engine import ramknown
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import DamagedData, LocalFailed, SnapError, StreamUnknown
+from qmpsnap.errors import DamagedData, LocalFailed, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
 from qmpsnap.store import chunking, files, filling, local, pack, pages
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
-from qmpsnap.store.ramindex import Index
 
 if TYPE_CHECKING:
     from qmpsnap.hypervisor.vmstate.split import Split
 
 log = logging.getLogger(__name__)
-_INDEX_LIMIT = 1 << 30  # bytes: of a guest of a few TiB
 STREAM = "vmstate/stream.zst"
 
 
@@ -45,13 +43,21 @@ class Stored:
 
 
 async def stored(
-    roots: Roots, vm: str, id: str, raw: Path, folder: Path, ram: Ram, report: Report
+    roots: Roots,
+    vm: str,
+    id: str,
+    raw: Path,
+    folder: Path,
+    ram: Ram,
+    report: Report,
+    lenders: Sequence[str] = (),
 ) -> Stored:
     """The stream *raw* becomes what *folder*, a spool, has of it; *raw* goes.
 
     Its pages lie in the VM's folder for them afterwards, not sealed yet, their chunks, as far as
     no earlier snapshot has brought them, in packs that wait to be shipped. A stream that we do not
-    know all of is stored whole.
+    know all of is stored whole. Nor is stored again what the newest snapshots of *lenders* have
+    brought, which are other VMs of the store.
 
     Raises LocalFailed.
     """
@@ -70,7 +76,7 @@ async def stored(
         whole = await _whole(apart.stream, folder, ram, report)
         await asyncio.to_thread(pages.forget, roots.local, vm, id)
         return whole
-    known = await known_indexes(roots, vm)
+    known = await ramknown.known(roots, vm, lenders)
     shared = roots.local.shared(vm)
     await asyncio.to_thread(files.make_folders, shared, roots.local.path, side=LocalFailed)
 
@@ -81,7 +87,8 @@ async def stored(
         lambda stop: chunking.keep(
             [(one.block, one.path, one.bytes) for one in apart.images],
             shared,
-            known,
+            known.own,
+            lent=known.lent,
             stored_pages=[one.stored_pages for one in apart.images],
             on_progress=tell,
             cancelled=stop,
@@ -98,48 +105,6 @@ async def stored(
     return Stored(ram, [_entry(small), index], list(kept.packs))
 
 
-async def known_indexes(roots: Roots, vm: str) -> list[Index]:
-    """Where chunks of earlier snapshots lie: by what is kept here, else by the newest on the store.
-
-    Empty when nobody can tell: all chunks are stored anew then.
-    """
-    here = await asyncio.to_thread(_indexes_here, roots, vm)
-    if here:
-        return here
-    for facts in reversed(await asyncio.to_thread(local.survey, roots.local, vm)):
-        if facts.paired is None:
-            continue
-        try:
-            return await _index_on_store(roots, vm, facts.id, facts.paired.manifest_blake3)
-        except SnapError as odd:
-            log.info("the chunks of %s %s are not known: %s", vm, facts.id, odd)
-            return []  # a store that does not answer would keep us waiting once a snapshot
-    return []
-
-
-def _indexes_here(roots: Roots, vm: str) -> list[Index]:
-    found = []
-    for path in pages.indexes(roots.local, vm):
-        try:
-            note = pages.read(path.parent)
-            content = files.read_small(path, side=LocalFailed, limit=_INDEX_LIMIT)
-            if files.digest_bytes(content) == note.index_blake3:
-                found.append(Index.decode(content, path))
-        except SnapError as odd:
-            log.info("%s", odd)
-    return found
-
-
-async def _index_on_store(roots: Roots, vm: str, id: str, seal: str) -> list[Index]:
-    with tempfile.TemporaryDirectory(dir=roots.local.vm(vm)) as folder:
-        path = Path(folder) / filling.INDEX
-        await roots.store.fetch(vm, id, INDEX, path, seal=seal)
-        content = await asyncio.to_thread(
-            files.read_small, path, side=LocalFailed, limit=_INDEX_LIMIT
-        )
-    return [Index.decode(content, path)]
-
-
 async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
     """The snapshot exists: its page images become those that restores find, and old ones go.
 
@@ -154,9 +119,27 @@ async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
     ]
     try:
         await in_background(pages.seal, folder, manifest.id, images)
-        await asyncio.to_thread(pages.trim, roots.local, vm, roots.ram_images)
     except LocalFailed as failed:
         log.warning("the page images of %s %s are not kept: %s", vm, manifest.id, failed)
+    await trimmed(roots, vm)
+
+
+async def trimmed(roots: Roots, vm: str) -> None:
+    """Page images of old snapshots go; or it is told why not. The caller holds the VM's lock.
+
+    Those of one stay that waits for packs of another VM: if these go before it is shipped, its own
+    are made of the images.
+    """
+    try:
+        there = await asyncio.to_thread(local.survey, roots.local, vm)
+        waiting = {
+            one.id
+            for one in there
+            if one.paired is None and one.spooled and any(pack.origin for pack in one.spooled.packs)
+        }
+        await asyncio.to_thread(pages.trim, roots.local, vm, roots.ram_images, waiting)
+    except LocalFailed as failed:
+        log.warning("page images of %s that are old may be left: %s", vm, failed)
 
 
 async def _split(raw: Path, work: Path, report: Report) -> Split:

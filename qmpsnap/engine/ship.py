@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpsnap.engine import ramstore
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots, judge, moment
 from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, VmBusy
 from qmpsnap.host import lock
-from qmpsnap.store import local, shared
+from qmpsnap.host.priority import stoppable
+from qmpsnap.store import files, hurt, local, pages, ramindex, remaking, shared
 from qmpsnap.store.manifest import Paired
+from qmpsnap.store.ramindex import NAME as INDEX
+from qmpsnap.store.ramindex import Named
+from qmpsnap.store.wire import Shipped
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +43,27 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     def tell(done: int, total: int, what: str) -> None:
         report(f"shipping {what}" if what else "shipping", done, total)
 
-    try:
-        judged = await judge(roots)
-        shipped = await roots.store.ship(
+    anew = await asyncio.to_thread(_to_replace, roots, vm)
+
+    async def sent(device: int, instead: Mapping[str, Named]) -> Shipped:
+        return await roots.store.ship(
             spool,
             vm,
             id,
-            device=judged.device,
+            device=device,
             shared=roots.local.shared(vm),
+            instead=instead,
+            anew=anew,
             on_progress=tell,
         )
+
+    try:
+        judged = await judge(roots)
+        try:
+            shipped = await sent(judged.device, {})
+        except PacksMissing as lost:
+            log.warning("%s %s: %d packs are made again: %s", vm, id, len(lost.packs), lost)
+            shipped = await sent(judged.device, await _made_again(roots, vm, id, lost, report))
     except SnapError as failed:
         waiting = NotShipped(f"{vm} {id} is captured, but not shipped: {failed}")
         waiting.packs = failed.packs if isinstance(failed, PacksMissing) else ()
@@ -55,9 +75,42 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
         shipped_at=moment(),
     )
     await asyncio.to_thread(local.mark_paired, roots.local, vm, note)
+    await asyncio.to_thread(hurt.seen, roots.local, vm, (), anew)
     await asyncio.to_thread(_remove, spool)
     await asyncio.to_thread(shared.sweep_local, roots.local, vm)
+    await ramstore.trimmed(roots, vm)
     return Delivered(vm, id, shipped.bytes)
+
+
+def _to_replace(roots: Roots, vm: str) -> set[str]:
+    """Packs that are here, and were damaged when somebody last read them on the store."""
+    damaged = hurt.packs(roots.local, vm)
+    return {one for one in damaged if (roots.local.shared(vm) / one).exists()}
+
+
+async def _made_again(
+    roots: Roots, vm: str, id: str, lost: PacksMissing, report: Report
+) -> dict[str, Named]:
+    """Packs that have what the spool needs of those that are *lost*, from page images kept here.
+
+    Raises *lost* where that cannot be, LocalFailed.
+    """
+    path, to = roots.local.spool(vm, id) / INDEX, roots.local.shared(vm)
+
+    def tell(done: int, total: int, what: str) -> None:
+        report(what, done, total)
+
+    def work(stop: Callable[[], bool]) -> dict[str, Named]:
+        files.make_folders(to, roots.local.path, side=LocalFailed)
+        index = ramindex.read(path, side=LocalFailed)
+        near = [one.parent for one in pages.indexes(roots.local, vm)]
+        return remaking.remade(index, lost.packs, near, to, on_progress=tell, cancelled=stop)
+
+    try:
+        return await stoppable(work)
+    except PacksMissing as still:
+        log.warning("%s %s: %s", vm, id, still)
+        raise lost from still
 
 
 async def ship_all(

@@ -126,12 +126,14 @@ async def build(
     note: str,
     trial: bool,
     report: Report,
+    lenders: Sequence[str] = (),
     shared: Sequence[Shared] = (),
     held: tpm.Held | None = None,
 ) -> Manifest:
     """Fill *folder* with the store half and seal it there. *raw* is stored, then deleted.
 
-    What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM.
+    What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM;
+    *lenders* are other VMs whose RAM need not be stored again.
 
     Raises LocalFailed; what was written stays for the caller to remove.
     """
@@ -160,7 +162,9 @@ async def build(
     entries = [await asyncio.to_thread(_entry, folder, name) for name in names]
     kept = ramstore.Stored(ram, [], [])
     if captured.mode is not RamMode.NONE:
-        kept = await ramstore.stored(roots, plan.vm, str(plan.id), raw, folder, ram, report)
+        kept = await ramstore.stored(
+            roots, plan.vm, str(plan.id), raw, folder, ram, report, lenders
+        )
     bound = identity_of(facts)
     manifest = Manifest(
         id=str(plan.id),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Set
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -25,10 +29,16 @@ from qmpsnap.errors import (
     VmUnknown,
 )
 from qmpsnap.host.priority import in_background
-from qmpsnap.store import files, local, pages
+from qmpsnap.store import files, hurt, local, pages
 from qmpsnap.store.catalogue import Entry
-from qmpsnap.store.layout import STORAGE
+from qmpsnap.store.layout import MANIFEST, SHARED, STORAGE
 from qmpsnap.store.manifest import Manifest, Paired, decode
+
+log = logging.getLogger(__name__)
+_LOST = (
+    "a whole file of that name, from wherever it may be had, puts it right; the next `create` "
+    "relies on no pack of RAM that is damaged, and stores what it needs of it anew"
+)
 
 
 class Next(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +62,11 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     findings: list[Finding]
     boot: Boot | None = None
     next: list[Next] = []
+
+    @property
+    def hint(self) -> str:
+        """What can be done about it."""
+        return _LOST if any(one.where.startswith(f"{SHARED}/") for one in self.findings) else ""
 
 
 async def verify(
@@ -130,7 +145,8 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
     roots, findings = pair.roots, await _of_the_pages(pair, tell)
     if not pair.spooled:
         problems = await roots.store.verify(pair.vm, pair.id, seal=pair.seal, on_progress=tell)
-        return findings + [Finding(where=one.file, what=one.what) for one in problems]
+        findings += [Finding(where=one.file, what=one.what) for one in problems]
+        return findings + await _of_others(pair, {one.file for one in problems})
     for one in pair.plain:
         path = pair.spooled_at(one)
         try:
@@ -144,6 +160,35 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
             raise
         return [*findings, Finding(where="shared", what=f"could not be read: {dead}")]
     return findings + [Finding(where=problem.file, what=problem.what) for problem in problems]
+
+
+async def _of_others(pair: Pair, wrong: Set[str]) -> list[Finding]:
+    """Which other snapshots need the packs that are among the files *wrong*.
+
+    Those packs are remembered: no later snapshot relies on them.
+    """
+    if MANIFEST in wrong or not pair.manifest.packs:
+        return []
+    lost = {one.blake3 for one in pair.manifest.packs if one.entry.name in wrong}
+    whole = {one.blake3 for one in pair.manifest.packs} - lost
+    try:
+        await asyncio.to_thread(hurt.seen, pair.roots.local, pair.vm, lost, whole)
+    except LocalFailed as failed:
+        log.warning("the next snapshot may rely on packs that are damaged: %s", failed)
+    if not lost:
+        return []
+    needed: dict[str, list[str]] = {}
+    for one in (await pair.roots.store.catalogue(pair.vm)).found:
+        if one.manifest is None or one.id == pair.id:
+            continue
+        with suppress(DamagedData):
+            manifest = decode(one.manifest.encode(), Manifest, Path(one.id))
+            for name in (pack.entry.name for pack in manifest.packs if pack.blake3 in lost):
+                needed.setdefault(name, []).append(one.id)
+    return [
+        Finding(where=name, what=f"is needed by {', '.join(ids)}, too: `verify` tells what of it")
+        for name, ids in needed.items()
+    ]
 
 
 async def _of_the_pages(pair: Pair, tell: files.Progress) -> list[Finding]:

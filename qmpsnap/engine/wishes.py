@@ -43,6 +43,8 @@ class Wishes:
     *max_pause* in seconds: None is 0.2 for every RAM choice but `paused`, which has no bound
     then. *pause* is what `live` aims at, *budget* the seconds that its passes after the first
     get. *include* empty is every disk; disks go by device id, drive id or node name.
+    *ram_from* are other VMs of the store: what their newest snapshots have of its RAM is not stored
+    again.
     """
 
     level: Level = Level.AUTO
@@ -56,3 +58,4 @@ class Wishes:
     pause: float = 0.02
     budget: float = 10.0
     copying: Copying = Copying()
+    ram_from: tuple[str, ...] = ()

@@ -23,7 +23,8 @@ Progress = Callable[[int, int, str], None]
 
 CHUNK = 4 << 20
 _SYNC_EVERY = 8 * CHUNK
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+"""What a file system says that makes no links, or no more of this file."""
 _PLAIN = {
     errno.ENOSPC: "no space is left",
     errno.EDQUOT: "the quota is used up",
@@ -117,7 +118,7 @@ def _settle(part: Path, path: Path) -> None:
     except OSError as failed:
         if failed.errno == errno.EEXIST and path.exists() and path.samefile(part):
             return  # NFS: the answer to our first attempt was lost, and it was made again
-        if failed.errno not in _NO_LINKS:
+        if failed.errno not in NO_LINKS:
             raise
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from failed

@@ -17,9 +17,10 @@ import msgspec
 from blake3 import blake3
 
 from qmpsnap.errors import LocalFailed, SnapError
+from qmpsnap.store import ramindex
 from qmpsnap.store.chunking import stop_if
 from qmpsnap.store.copying import data_runs
-from qmpsnap.store.files import Progress, read_small, told
+from qmpsnap.store.files import Progress, told
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.shelf import Shelf
 
@@ -33,7 +34,6 @@ _PAGE = 4096
 _THREADS = 2
 _PIECE = 2 << 20  # bytes of RAM that a thread makes at a time
 _AHEAD = 3 * _THREADS
-_INDEX_MAX = 1 << 30
 
 
 class Filled(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +64,7 @@ def fill(
     to: Path,
     *,
     near: Sequence[Path] = (),
+    near_index: Callable[[Path], Index] | None = None,
     spans: Sequence[Span] | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -73,7 +74,7 @@ def fill(
     Each chunk is checked. One that a folder of *near* has, which holds the images of another
     snapshot with its `ram.index`, is taken from there if it is still what it was; the others are
     taken from the *shelf*. What is in *to* under these names is replaced. Nothing is flushed to
-    the disk. Blocks.
+    the disk. Blocks. *near_index* reads their indexes, where somebody has them at hand.
 
     With *spans* only the chunks that these touch are made, in images that are there (`hollow`):
     perhaps beside another who fills them.
@@ -84,9 +85,11 @@ def fill(
     shelf's folders raise, and Cancelled. What was made is left to the caller.
     """
     with ExitStack() as stack:
-        neighbours = [one for one in map(_neighbour, near) if one is not None]
-        for one in neighbours:
-            stack.callback(one.close)
+        neighbours = []
+        for folder in near:
+            if (one := neighbour(folder, near_index or read_near)) is not None:
+                neighbours.append(one)
+                stack.callback(one.close)
         run = _Filling(index, shelf, neighbours, spans)
         total, done = sum(block.bytes for block in index.blocks), 0
         for number, block in enumerate(index.blocks):
@@ -116,7 +119,7 @@ class _Filling:
         self,
         index: Index,
         shelf: Shelf,
-        near: Sequence[_Neighbour],
+        near: Sequence[Neighbour],
         spans: Sequence[Span] | None,
     ) -> None:
         self._index, self._shelf, self._near, self._spans = index, shelf, near, spans
@@ -183,7 +186,7 @@ def _write(descriptor: int, path: Path, content: bytes, at: int) -> None:
 
 
 @dataclass(slots=True)
-class _Neighbour:
+class Neighbour:
     """The images of another snapshot, which may be what we need; or may have gone."""
 
     index: Index
@@ -204,19 +207,24 @@ class _Neighbour:
         return content if blake3(content).digest() == digest else None
 
     def close(self) -> None:
+        """Its images are closed."""
         for descriptor in self.images.values():
             os.close(descriptor)
 
 
-def _neighbour(folder: Path) -> _Neighbour | None:
-    """It only saves work: what cannot be read is none."""
-    path = folder / INDEX
+def read_near(path: Path) -> Index:
+    """A near index, read anew. Raises LocalFailed, DamagedData."""
+    return ramindex.read(path, side=LocalFailed)
+
+
+def neighbour(folder: Path, read: Callable[[Path], Index] = read_near) -> Neighbour | None:
+    """The images in *folder*, open; None for what cannot be read: it only saves work."""
     try:
-        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_MAX), path)
+        index = read(folder / INDEX)
         index.ready()  # before threads ask it
     except SnapError:
         return None
-    found = _Neighbour(index)
+    found = Neighbour(index)
     for number in range(len(index.blocks)):
         try:
             found.images[number] = os.open(

@@ -42,7 +42,9 @@ from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
+from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.shelf import Shelf
+from qmpsnap.store.sources import Sources
 
 _SMALL = 16 << 20
 _GONE = "the store half is not sealed, or not there"
@@ -62,7 +64,7 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
     if os.path.lexists(path) and read_small(path, side=StoreError) != content:
         raise StoreError(f"{path}: another store half is sealed there")
     make_folders(path.parent, root.path, side=StoreError)
-    _deliver(root, request, manifest, progress)
+    _deliver(root, request, manifest, progress, request.anew)
     for entry in manifest.files:
         src, dst = spool / entry.name, path.parent / entry.name
         if not os.path.lexists(src):
@@ -224,29 +226,35 @@ def sweep(root: StoreRoot, vm: str, progress: Progress, waiting: Sequence[str] =
         sweeping.sweep(root, vm, progress, waiting=waiting)
 
 
-def fill(root: StoreRoot, request: wire.Fill, progress: Progress) -> Filled:
+def fill(
+    root: StoreRoot, request: wire.Fill, progress: Progress, sources: Sources | None = None
+) -> Filled:
     """Make the page images of a snapshot, also of one that is in the spool yet.
 
-    Raises what `filling.fill` does.
+    What *sources* has of an earlier request is not looked for again. Raises what `filling.fill`
+    does.
     """
+    return (sources or Sources()).fill(request, lambda: _sources(root, request), progress)
+
+
+def _sources(root: StoreRoot, request: wire.Fill) -> tuple[Index, Shelf]:
     if request.spool is None:
         _, manifest = _sealed(root, request)
         if manifest.ram.index is None:
             raise UsageError(f"{request.vm} {request.id} has no RAM in packs")
-        index = _path(root, request, _entry(manifest, manifest.ram.index))
-        return ramhalf.fill(manifest, index, _shelf(root, request, None), request, progress)
+        path = _path(root, request, _entry(manifest, manifest.ram.index))
+        return ramhalf.index_of(manifest, path), _shelf(root, request, None)
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    shelf = _shelf(root, request, request.shared)
-    return ramhalf.fill(manifest, spool / str(manifest.ram.index), shelf, request, progress)
+    index = ramhalf.index_of(manifest, spool / str(manifest.ram.index), side=LocalFailed)
+    return index, _shelf(root, request, request.shared, manifest)
 
 
 def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire.Problem]:
     """What is wrong with the RAM of a half that is in the spool yet. Raises LocalFailed."""
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    shelf = _shelf(root, request, request.shared)
-    with shelf:
+    with _shelf(root, request, request.shared, manifest) as shelf:
         found = ramhalf.sizes(manifest, shelf)
         if request.whole:
             index = spool / str(manifest.ram.index)
@@ -254,12 +262,26 @@ def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire
     return found
 
 
-def _shelf(root: StoreRoot, request: wire.Half, local: str | None) -> Shelf:
-    for folder in (root.vm(request.vm), root.shared(request.vm)):
-        if os.path.lexists(folder) and not _is_folder(folder):
-            raise StoreError(f"{folder}: not a folder of ours")
-    there: list[tuple[Path, Side]] = [(root.shared(request.vm), StoreError)]
-    return Shelf([*([(Path(local), LocalFailed)] if local else []), *there])
+def lost(root: StoreRoot, vm: str, packs: Sequence[Named], progress: Progress) -> list[str]:
+    """Which of *packs* are not there, nor moved, or not of their size. Raises StoreError."""
+    if not packs:
+        return []
+    _entries(root.path)  # on a store that is not there, nothing is lost
+    return ramhalf.lost(root, vm, packs, progress)
+
+
+def _shelf(
+    root: StoreRoot, request: wire.Half, local: str | None, spooled: Manifest | None = None
+) -> Shelf:
+    """With *spooled* also what other VMs are to give when that is shipped."""
+    packs = spooled.packs if spooled is not None else []
+    there: list[tuple[Path, Side]] = [(Path(local), LocalFailed)] if local else []
+    for vm in dict.fromkeys([request.vm, *(one.origin for one in packs if one.origin)]):
+        for folder in (root.vm(vm), root.shared(vm)):
+            if os.path.lexists(folder) and not _is_folder(folder):
+                raise StoreError(f"{folder}: not a folder of ours")
+        there.append((root.shared(vm), StoreError))
+    return Shelf(there)
 
 
 def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
@@ -296,11 +318,18 @@ def _manifest(
     return content, manifest
 
 
-def _deliver(root: StoreRoot, request: wire.Ship, manifest: Manifest, progress: Progress) -> None:
+def _deliver(
+    root: StoreRoot,
+    request: wire.Ship,
+    manifest: Manifest,
+    progress: Progress,
+    anew: Sequence[str] = (),
+) -> None:
     for entry in {one.blake3: one.entry for one in manifest.shared}.values():
         shared.deliver(root, request.vm, entry, _kept(request), progress)
     if manifest.packs:
-        ramhalf.deliver(root, manifest, Path(request.spool), _kept(request), progress)
+        spool, folder = Path(request.spool), _kept(request)
+        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead, anew)
 
 
 def _plain(manifest: Manifest) -> list[FileEntry]:

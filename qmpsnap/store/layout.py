@@ -80,6 +80,10 @@ class LocalRoot(_Root):
         """What the files in `shared` were like on this host when they were read."""
         return self.vm(vm) / f"{SHARED}.json"
 
+    def hurt(self, vm: str) -> Path:
+        """Packs on the store that were damaged when they were last read."""
+        return self.vm(vm) / "hurt.json"
+
     def layers(self, vm: str) -> Path:
         """The folder of the overlays that take writes: no snapshot's, as they still change."""
         return self.vm(vm) / "layers"

@@ -59,12 +59,18 @@ class Pack(Struct, frozen=True, kw_only=True):
     """A file of RAM chunks that snapshots share; or one that was moved (`shared/BLAKE3.moved`).
 
     *used_bytes* of it are what the snapshot needs, as stored. *fresh*: the snapshot brought it.
+    *origin*: the VM of the store whose pack it was, when this one needed it for the first time.
     """
 
     blake3: Digest
     bytes: Size
     used_bytes: Size = 0
     fresh: bool = False
+    origin: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.origin is not None:
+            _check_names(self.origin)
 
     @property
     def entry(self) -> FileEntry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
+from qmpsnap.store import ramindex
 from qmpsnap.store.files import (
     Progress,
     digest_file,
@@ -31,11 +32,9 @@ from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.manifest import Digest, Image, Size
-from qmpsnap.store.ramindex import Index
 
 NOTE = "pages.json"
 _GOING = ".going"
-_INDEX_LIMIT = 1 << 30  # bytes
 _FORMAT, _NEWEST = "qmpsnap-pages", 1
 
 
@@ -113,14 +112,17 @@ def indexes(root: LocalRoot, vm: str) -> list[Path]:
     return [path for one in reversed(_folders(root, vm)) if (path := one / INDEX).exists()]
 
 
-def trim(root: LocalRoot, vm: str, keep: int) -> None:
+def trim(root: LocalRoot, vm: str, keep: int, also: Collection[str] = ()) -> None:
     """Only the page images of the *keep* newest snapshots stay, and the newest one's index.
+
+    Those of the snapshots *also* stay, too.
 
     What a run has left that was cut off goes, too. The caller holds the VM's lock. A machine that
     runs on such pages keeps them until it ends. Raises LocalFailed.
     """
     folders = [one for one in _folders(root, vm) if (one / NOTE).exists()]
     kept = folders[max(0, len(folders) - keep) :]
+    kept += [one for one in folders if one.name in also]
     with told(root.ram(vm), LocalFailed):
         for one in _folders(root, vm):
             if one in kept:
@@ -149,8 +151,7 @@ def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) 
     """
     try:
         pages = found(folder, index_blake3)
-        path = folder / INDEX
-        index = Index.decode(read_small(path, side=LocalFailed, limit=_INDEX_LIMIT), path)
+        index = ramindex.read(folder / INDEX, side=LocalFailed)
     except (DamagedData, LocalFailed):
         return []
     troubles, done = [], 0

@@ -1,8 +1,9 @@
-"""The RAM of a store half that is in packs: the only place that ships, checks and fills it."""
+"""The RAM of a store half that is in packs: the only place that ships and checks it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 from qmpsnap.errors import (
@@ -13,16 +14,14 @@ from qmpsnap.errors import (
     StoreError,
     UsageError,
 )
-from qmpsnap.store import filling, moved, shared, wire
-from qmpsnap.store.files import Progress, Side, expect, expect_size, read_small
-from qmpsnap.store.filling import Filled
+from qmpsnap.store import lending, moved, ramindex, remaking, shared, wire
+from qmpsnap.store.files import Progress, Side, expect, expect_size
 from qmpsnap.store.layout import StoreRoot
-from qmpsnap.store.manifest import Manifest, Pack
+from qmpsnap.store.manifest import FileEntry, Manifest, Pack
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import table
 from qmpsnap.store.shelf import Shelf, whereabouts
 
-_INDEX_MAX = 1 << 30
 _PIECE = 32  # chunks that are read at a time
 _NAMED = 8  # packs, or chunks, that one message names
 
@@ -35,8 +34,8 @@ def index_of(manifest: Manifest, path: Path, *, side: Side = StoreError) -> Inde
     entry = manifest.entry(manifest.ram.index) if manifest.ram.index is not None else None
     if entry is None:
         raise UsageError(f"the RAM of {manifest.vm} {manifest.id} is not in packs")
-    expect(path, entry, side=side)
-    index = Index.decode(read_small(path, side=side, limit=_INDEX_MAX), path)
+    expect_size(path, entry, side=side)
+    index = ramindex.read(path, side=side, blake3=entry.blake3)
     listed = {pack.blake3 for pack in manifest.packs}
     if lost := [one.blake3 for one in index.packs if one.blake3 not in listed]:
         raise DamagedData(f"{path}: names packs that the manifest does not list: {in_words(lost)}")
@@ -44,35 +43,112 @@ def index_of(manifest: Manifest, path: Path, *, side: Side = StoreError) -> Inde
 
 
 def deliver(
-    root: StoreRoot, manifest: Manifest, spool: Path, folder: Path, progress: Progress
+    root: StoreRoot,
+    manifest: Manifest,
+    spool: Path,
+    folder: Path,
+    progress: Progress,
+    instead: Mapping[str, Named] | None = None,
+    anew: Collection[str] = (),
 ) -> None:
     """All packs of *manifest* are on the store, copied from *folder* where they were not there.
 
-    One that was moved, with all that is needed of it, is there. Raises PacksMissing before anything
+    One that was moved, with all that is needed of it, is there. One that is lost is, when *folder*
+    has another one *instead* of it that has all that is needed. What another VM is to give is
+    taken from there. Those of *anew* replace what is damaged. Raises PacksMissing before anything
     is copied, and as `shared.deliver`.
     """
-    waiting: list[Pack] = []
+    waiting: list[FileEntry] = []
+    replaced: list[tuple[Path, Named]] = []
     lost: list[str] = []
+    needs = _Needs(manifest, spool)
     for pack in manifest.packs:
-        if shared.arrived(root, manifest.vm, pack.entry) or _moved(root, manifest, pack, spool):
+        needed = partial(needs.of, pack.blake3)
+        if pack.blake3 in anew and _is_here(folder, pack.entry):
+            waiting.append(pack.entry)
             continue
-        try:
-            expect_size(folder / pack.blake3, pack.entry, side=LocalFailed)
-            waiting.append(pack)
-        except (LocalFailed, DamagedData):
+        if shared.arrived(root, manifest.vm, pack.entry) or _moved(root, manifest, pack, needed):
+            continue
+        if _is_here(folder, pack.entry):
+            waiting.append(pack.entry)
+        elif lending.lend(root, manifest.vm, pack, needed, progress):
+            continue
+        elif new := _instead(pack, folder, needed, instead or {}):
+            replaced.append((root.shared(manifest.vm) / pack.blake3, new))
+        else:
             lost.append(pack.blake3)
     if lost:
         raise PacksMissing(
             f"RAM that it shares with other snapshots is neither on the store nor here: pack "
             f"{in_words(lost)}",
-            hint="the packs were lost or removed; they can be made again from page images",
+            hint="they could not be made again: no page images that are kept here have all of it",
             packs=tuple(lost),
         )
-    for pack in waiting:
-        shared.deliver(root, manifest.vm, pack.entry, folder, progress)
+    for entry in waiting + [_entry(new) for _, new in replaced]:
+        again = entry.blake3 in anew
+        shared.deliver(root, manifest.vm, entry, folder, progress, anew=again)
+    for old, new in replaced:
+        _replace(old, new, progress)
 
 
-def _moved(root: StoreRoot, manifest: Manifest, pack: Pack, spool: Path) -> bool:
+class _Needs:
+    """The chunks that a spool needs of each pack; its index is read when somebody asks."""
+
+    def __init__(self, manifest: Manifest, spool: Path) -> None:
+        self._manifest, self._path = manifest, spool / str(manifest.ram.index)
+
+    @cached_property
+    def _all(self) -> dict[str, set[bytes]]:
+        index = index_of(self._manifest, self._path, side=LocalFailed)
+        found: dict[str, set[bytes]] = {one.blake3: set() for one in index.packs}
+        for row in range(len(index)):
+            found[index.pack(row).blake3].add(index.digest(row))
+        return found
+
+    def of(self, pack: str) -> set[bytes]:
+        """Raises DigestMismatch, DamagedData, LocalFailed for the index."""
+        return self._all.get(pack, set())
+
+
+def _instead(
+    pack: Pack, folder: Path, needed: Callable[[], set[bytes]], instead: Mapping[str, Named]
+) -> Named | None:
+    """The pack in *folder* that is to stand for *pack*, if it has all that is needed."""
+    new = instead.get(pack.blake3)
+    if new is None or not _is_here(folder, _entry(new)):
+        return None
+    return new if needed() <= table(folder / new.blake3, side=LocalFailed).keys() else None
+
+
+def _replace(old: Path, new: Named, progress: Progress) -> None:
+    """The lost pack *old* leads to *new*, which is beside it now.
+
+    What it was moved into before, and what is left of it, may be needed by others: it stays, as a
+    part of one that has both. Raises StoreError; DamagedData where it cannot.
+    """
+    if follow := moved.trail(old, side=StoreError):
+        old = old.with_name(follow[-1].blake3)
+    if (there := moved.there(old)) is None:
+        moved.write(old, new, side=StoreError)
+    elif there.name != new.blake3:
+        remaking.joined(old, there, old.with_name(new.blake3), progress)
+
+
+def _is_here(folder: Path, entry: FileEntry) -> bool:
+    try:
+        expect_size(folder / entry.blake3, entry, side=LocalFailed)
+    except (LocalFailed, DamagedData):
+        return False
+    return True
+
+
+def _entry(pack: Named) -> FileEntry:
+    return FileEntry(name=f"shared/{pack.blake3}", bytes=pack.bytes, blake3=pack.blake3)
+
+
+def _moved(
+    root: StoreRoot, manifest: Manifest, pack: Pack, needed: Callable[[], set[bytes]]
+) -> bool:
     """Whether what is needed of *pack* is on the store in another one."""
     try:
         path, other = moved.lies(root.shared(manifest.vm) / pack.blake3, side=StoreError)
@@ -80,10 +156,20 @@ def _moved(root: StoreRoot, manifest: Manifest, pack: Pack, spool: Path) -> bool
         return False
     if other is None:
         return False  # it is there, and was cut short
-    index = index_of(manifest, spool / str(manifest.ram.index))
-    there = table(path, side=StoreError)
-    rows = (row for row in range(len(index)) if index.pack(row).blake3 == pack.blake3)
-    return all(index.digest(row) in there for row in rows)
+    return needed() <= table(path, side=StoreError).keys()
+
+
+def lost(root: StoreRoot, vm: str, packs: Sequence[Named], progress: Progress) -> list[str]:
+    """Which of *packs* the store has not, at a glance: neither it nor one that it was moved to."""
+    found = []
+    for number, pack in enumerate(packs, 1):
+        try:
+            path, other = moved.lies(root.shared(vm) / pack.blake3, side=StoreError)
+            expect_size(path, _entry(other or pack), side=StoreError)
+        except (DamagedData, StoreError):
+            found.append(pack.blake3)
+        progress(number, 0, f"looking at the RAM of {vm}")
+    return found
 
 
 def troubles(manifest: Manifest, shelf: Shelf) -> Iterator[tuple[str, SnapError]]:
@@ -144,21 +230,6 @@ def _unread(index: Index, shelf: Shelf, rows: Sequence[int]) -> Iterator[int]:
             return
         for row in rows:
             yield from _unread(index, shelf, [row])
-
-
-def fill(
-    manifest: Manifest, path: Path, shelf: Shelf, request: wire.Fill, progress: Progress
-) -> Filled:
-    """Make the page images that *request* is for, out of *shelf*, which is closed then.
-
-    Raises as `index_of` and `filling.fill`.
-    """
-    with shelf:
-        near = [Path(one) for one in request.near]
-        index = index_of(manifest, path)
-        return filling.fill(
-            index, shelf, Path(request.to), near=near, spans=request.spans, on_progress=progress
-        )
 
 
 def in_words(names: Sequence[str]) -> str:

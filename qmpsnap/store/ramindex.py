@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from qmpsnap.errors import DamagedData
+from qmpsnap.errors import DamagedData, DigestMismatch
+from qmpsnap.store.files import Side, digest_bytes, read_small
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.manifest import Digest, RamImage, Size
 from qmpsnap.store.pack import content_of, frame_of_all, size_of
@@ -207,6 +208,17 @@ class Index:
         ends = map(add, self.offsets, self.lengths)
         if any(end > sizes[pack] for end, pack in zip(ends, self.pack_numbers, strict=True)):
             raise DamagedData(f"{path}: a chunk lies behind the end of its pack")
+
+
+def read(path: Path, *, side: Side, blake3: str | None = None) -> Index:
+    """The index in the file *path*, whose digest must be *blake3*, where that is known.
+
+    Raises *side*, DigestMismatch, ManifestError and DamagedData, which name *path*.
+    """
+    content = read_small(path, side=side, limit=_LARGEST)
+    if blake3 is not None and digest_bytes(content) != blake3:
+        raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
+    return Index.decode(content, path)
 
 
 def _little(column: array[int]) -> bytes:

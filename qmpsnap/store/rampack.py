@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -129,6 +130,29 @@ def table(path: Path, *, side: Side) -> dict[bytes, Frame]:
     if any(one.offset + one.length > at or one.raw > CHUNK_MAX for one in found.values()):
         raise DamagedData(f"{path}: is a pack whose table leads out of it")
     return found
+
+
+def copy(
+    path: Path,
+    frames: Mapping[bytes, Frame],
+    writer: Writer,
+    written: set[bytes],
+    progress: Progress | None,
+) -> None:
+    """Append *frames* of the pack *path*, which is on the store; those that are *written* are.
+
+    Raises StoreError, DigestMismatch for a chunk that is damaged.
+    """
+    with opened(path, StoreError) as reading:
+        for digest, frame in sorted(frames.items(), key=lambda one: one[1].offset):
+            if digest in written:
+                continue
+            content = os.pread(reading, frame.length, frame.offset)
+            chunk_of(content, digest, frame.raw)
+            writer.add(digest, content, frame.raw)
+            written.add(digest)
+            if progress is not None:
+                progress(writer.bytes, 0, "moving RAM that is still needed")
 
 
 def chunk_of(frame: bytes | memoryview, digest: bytes, raw: int) -> bytes:

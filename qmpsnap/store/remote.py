@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +15,7 @@ from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
 from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import Id, StoreRoot
+from qmpsnap.store.ramindex import Named
 from qmpsnap.store.talk import Talk
 
 T = TypeVar("T")
@@ -57,18 +58,23 @@ class Store:
         *,
         device: int | None = None,
         shared: Path | None = None,
+        instead: Mapping[str, Named] | None = None,
+        anew: Collection[str] = (),
         on_progress: Progress | None = None,
     ) -> wire.Shipped:
         """Copy a sealed spool to the store and seal it there; may be broken off and repeated.
 
         *device* (of `examine`) makes sure that the store is still mounted: else StoreRefused.
-        *shared* is the folder that has the files which it shares with other snapshots.
+        *shared* is the folder that has the files which it shares with other snapshots; *instead* of
+        packs that were lost it has those (by the digests of the lost ones), and those *anew* whose
+        copies on the store are damaged.
 
-        Raises HalfMissing, ManifestError, DigestMismatch, LocalFailed for the spool.
+        Raises PacksMissing, HalfMissing, ManifestError, DigestMismatch, LocalFailed for the spool.
         """
         request = wire.Ship(
             root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool), device=device,
-            shared=_spelled(shared) if shared is not None else None,
+            shared=_spelled(shared) if shared is not None else None, instead=dict(instead or {}),
+            anew=sorted(anew),
         )  # fmt: skip
         return await self._ask(request, wire.Shipped, on_progress)
 
@@ -216,6 +222,11 @@ class Store:
             shared=_spelled(shared), whole=whole,
         )  # fmt: skip
         return await self._ask(request, list[wire.Problem], on_progress)
+
+    async def lost(self, vm: str, packs: Sequence[Named]) -> set[str]:
+        """Those of *packs* that are not on the store for *vm*, by their digests, at a glance."""
+        request = wire.Lost(root=self._root(vm), vm=vm, packs=list(packs))
+        return await self._ask(request, set[str])
 
     def _root(self, vm: str | None, id: Id | None = None) -> str:
         if vm is not None:

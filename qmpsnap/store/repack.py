@@ -7,7 +7,6 @@ on. While an old pack is there, its note says nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Protocol
 from qmpsnap.errors import DamagedData, SnapError, StoreError
 from qmpsnap.store import moved, ramhalf
 from qmpsnap.store.chunking import PACK
-from qmpsnap.store.files import Progress, opened, sync_folder
+from qmpsnap.store.files import Progress, sync_folder
 from qmpsnap.store.layout import StoreRoot, aside
 from qmpsnap.store.manifest import Manifest
 from qmpsnap.store.ramindex import Named
-from qmpsnap.store.rampack import Frame, Writer, chunk_of, table
+from qmpsnap.store.rampack import Frame, Writer, copy, table
 
 
 class Look(Protocol):
@@ -166,7 +165,7 @@ def _moved(folder: Path, olds: list[_Old], look: Look, progress: Progress | None
         written: set[bytes] = set()
         for old in olds:
             with suppress(DamagedData):  # a damaged one stays as it is, and `verify` tells
-                _copy(old, writer, written, progress)
+                copy(old.path, old.frames, writer, written, progress)
                 done.append(old)
         if not done:
             return True
@@ -183,19 +182,6 @@ def _moved(folder: Path, olds: list[_Old], look: Look, progress: Progress | None
         if not new.exists():
             return False
     return all(_gone(old.path, look) for old in done)
-
-
-def _copy(old: _Old, writer: Writer, written: set[bytes], progress: Progress | None) -> None:
-    with opened(old.path, StoreError) as reading:
-        for digest, frame in sorted(old.frames.items(), key=lambda one: one[1].offset):
-            if digest in written:
-                continue
-            content = os.pread(reading, frame.length, frame.offset)
-            chunk_of(content, digest, frame.raw)
-            writer.add(digest, content, frame.raw)
-            written.add(digest)
-            if progress is not None:
-                progress(writer.bytes, 0, "moving RAM that is still needed")
 
 
 def _gone(pack: Path, look: Look) -> bool:

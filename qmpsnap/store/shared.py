@@ -84,9 +84,17 @@ def forget(root: LocalRoot, vm: str) -> None:
 
 
 def deliver(
-    root: StoreRoot, vm: str, entry: FileEntry, folder: Path, progress: Progress | None = None
+    root: StoreRoot,
+    vm: str,
+    entry: FileEntry,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    anew: bool = False,
 ) -> None:
     """*entry* is on the store, copied from *folder* if it is not there; what is there is not read.
+
+    With *anew* it takes the place of what is there, which is known to be damaged.
 
     One that is cut short, or cannot be opened, stays until a whole copy takes its place: it may be
     all that older snapshots have. Two hosts may deliver the same file at once.
@@ -94,7 +102,7 @@ def deliver(
     The snapshot that needs it has a folder on the store by now: that keeps a sweep from it.
     Raises StoreError, and LocalFailed and DigestMismatch for the copy in *folder*.
     """
-    if arrived(root, vm, entry):
+    if not anew and arrived(root, vm, entry):
         return
     path = root.shared(vm) / entry.blake3
     make_folders(path.parent, root.path, side=StoreError)

@@ -6,10 +6,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from qmpsnap.errors import DamagedData, DigestMismatch, HalfMissing
 from qmpsnap.store import moved
@@ -43,9 +42,10 @@ class _Place:
     length: int
 
 
-class Shelf:
-    """The packs in *folders*; a pack is taken from the first that has it. Close it after use.
+class Shelf(AbstractContextManager["Shelf"]):
+    """The packs in *folders*; a pack is taken from the first that has it.
 
+    No file is open after the block, and where packs lie is still known in a next one.
     Any number of threads may read at once.
     """
 
@@ -56,17 +56,14 @@ class Shelf:
         self._mine = threading.local()
         self._all: set[int] = set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        failed: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *ended: object) -> None:
         for descriptor in self._all:
             os.close(descriptor)
+        self._all, self._mine = set(), threading.local()
+
+    def forget(self) -> None:
+        """Look for each pack anew: one may have been moved."""
+        self._found.clear()
 
     def pack(self, named: Named) -> Lying:
         """Where *named* lies. Raises HalfMissing, DamagedData, and the folders' own errors."""

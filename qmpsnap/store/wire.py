@@ -17,6 +17,7 @@ from qmpsnap.errors import (
     StoreRefused,
     UsageError,
 )
+from qmpsnap.store.ramindex import Named
 
 
 class Request(Struct, frozen=True, kw_only=True, tag_field="verb", tag=str.lower):
@@ -43,12 +44,16 @@ class Half(Request, frozen=True, kw_only=True):
 class Ship(Half, frozen=True, kw_only=True):
     """*device*: the store root must still be on this one (it was judged to be a store).
 
-    *shared*: the folder that has the files which are shared with other snapshots.
+    *shared*: the folder that has the files which are shared with other snapshots. *instead*: by
+    the digests of lost packs, those in that folder that have what is needed of them. *anew*: the
+    digests of those in it whose copies on the store are damaged.
     """
 
     spool: str
     device: int | None
     shared: str | None = None
+    instead: dict[str, Named] = {}
+    anew: list[str] = []
 
 
 class Sealed(Half, frozen=True, kw_only=True):
@@ -101,6 +106,13 @@ class Sweep(Request, frozen=True, kw_only=True):
     waiting: list[str] = []
 
 
+class Lost(Request, frozen=True, kw_only=True):
+    """Which *packs* of *vm* are not on the store, nor moved, or are not of their size."""
+
+    vm: str
+    packs: list[Named]
+
+
 class Fill(Sealed, frozen=True, kw_only=True):
     """RAM is to be made again, in the folder *to*; *near* are folders that may have parts of it.
 
@@ -140,6 +152,7 @@ AnyRequest = (
     | Sweep
     | Fill
     | Packs
+    | Lost
 )
 
 

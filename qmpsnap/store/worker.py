@@ -21,9 +21,11 @@ from qmpsnap.host.filesystem import Filesystem, examine
 from qmpsnap.store import half, wire
 from qmpsnap.store.files import told
 from qmpsnap.store.layout import StoreRoot
+from qmpsnap.store.sources import Sources
 
 _TELL_EVERY = 0.1  # seconds
 _PROBE = ".qmpsnap-probe"
+_sources = Sources()
 
 
 def main() -> int:
@@ -72,9 +74,11 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Sweep():
             return half.sweep(root, request.vm, _progress, request.waiting)
         case wire.Fill():
-            return half.fill(root, request, _progress)
+            return half.fill(root, request, _progress, _sources)
         case wire.Packs():
             return half.packs(root, request, _progress)
+        case wire.Lost(vm=vm, packs=packs):
+            return half.lost(root, vm, packs, _progress)
 
 
 def examine_root(root: StoreRoot) -> Filesystem:

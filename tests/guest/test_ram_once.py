@@ -19,9 +19,9 @@ pytestmark = pytest.mark.guest
 PATIENT = Wishes(max_pause=30)  # no test of the pause
 
 
-async def fresh(engine: Engine, id: str) -> int:
+async def fresh(engine: Engine, id: str, vm: str = "web") -> int:
     """The bytes of RAM that the snapshot brought, with the index that tells of all of it."""
-    manifest = (await engine.show("web", id)).manifest
+    manifest = (await engine.show(vm, id)).manifest
     assert manifest.ram.index is not None
     index = next(one for one in manifest.files if one.name == manifest.ram.index)
     return index.bytes + sum(pack.bytes for pack in manifest.packs if pack.fresh)
@@ -86,3 +86,39 @@ async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
         fourth = await engine.create(again, Wishes(max_pause=30, rebind=True))
     assert await fresh(engine, fourth.id) * 5 <= whole
     await agrees(engine, "web", Restoration(short / "fourth"), here)
+
+
+@pytest.mark.timeout(600)
+async def test_two_of_one_image_share_their_ram(short: Path, store: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    wish = Wishes(max_pause=30, ram_from=("golden", "nobody"))
+    for folder in ("one", "two"):
+        (short / folder).mkdir()
+    async with booted(binary("11.1"), short / "one") as guest:
+        golden = Machine("golden", guest.qmp, guest.agent)
+        lent = await engine.create(golden, PATIENT)
+    async with booted(binary("11.1"), short / "two") as guest:
+        plain = await engine.create(Machine("plain", guest.qmp, guest.agent), PATIENT)
+        before = await guest.console.witness(within=60)
+        machine = Machine("web", guest.qmp, guest.agent)
+        made = await engine.create(machine, wish)
+        assert await status(guest.qemu.witness) == "running"
+    whole, part = await fresh(engine, plain.id, "plain"), await fresh(engine, made.id)
+    manifest = (await engine.show("web", made.id)).manifest
+    taken = [one for one in manifest.packs if one.origin == "golden"]
+    assert taken
+    assert part * 2 <= whole, (part, whole)
+    for one in taken:
+        path = store / "web/shared" / one.blake3
+        assert path.samefile(store / "golden/shared" / one.blake3)
+    # a machine of the same image, which the second one came from, is no more
+    await engine.delete(golden, lent.id)
+    assert not list((store / "golden").iterdir())
+    assert (await engine.verify("web")).findings == []
+    shutil.rmtree(short / "local/web/ram")
+    for eager in (True, False):
+        async with back(engine, "web", Restoration(short / f"back{eager}", eager=eager)) as (_, at):
+            found = await at.witness(within=60)
+        assert found.ok, found
+        assert found.nonce == before.nonce
+        assert found.ram >= before.ram

@@ -9,117 +9,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, HalfMissing, PacksMissing, StoreError
-from qmpsnap.store import chunking, files, half, moved, rampack, repack, shared, sweeping, wire
-from qmpsnap.store.files import digest_file
-from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store import chunking, files, half, moved, rampack, repack, sweeping, wire
+from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.local import read_storage
-from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
-from qmpsnap.store.ramindex import Index
 from qmpsnap.store.remote import Store
-from tests.rig.halves import names, spooled
-from tests.rig.ram import PAGE, page, write_image
-
-IDS = [f"2026112{day}T165057123Z" for day in range(1, 6)]
-SIZE = 64 * PAGE
-CHUNK = 4 * PAGE
-
-
-def quiet(_done: int, _total: int, _what: str) -> None:
-    """Progress that nobody is told of."""
-
-
-class Series:
-    """A VM's snapshots on a store, made one after the other; each RAM is kept to be compared."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.local = path, LocalRoot(path / "local")
-        self.store = StoreRoot(path / "store")
-        self.store.path.mkdir()
-        self.known: dict[str, Index] = {}
-
-    def spool(self, id: str, pages: dict[int, bytes], *known: str) -> Manifest:
-        """A sealed spool, whose packs lie in the folder that snapshots share."""
-        spool = spooled(self.local, id=id)
-        self.local.shared("web").mkdir(exist_ok=True)
-        kept = chunking.keep(
-            [write_image(self.path / id / "pc.ram", pages, SIZE)],
-            self.local.shared("web"),
-            [self.known[one] for one in known],
-            stored_pages=[len(pages)],
-            chunk_bytes=CHUNK,
-        )
-        self.known[id] = kept.known
-        (spool / "vmstate/ram.index").write_bytes(kept.index)
-        size, digest = digest_file(spool / "vmstate/ram.index")
-        entry = FileEntry(name="vmstate/ram.index", bytes=size, blake3=digest)
-        path = spool / "manifest.json"
-        sealed = decode(path.read_bytes(), Manifest, path)
-        ram = msgspec.structs.replace(sealed.ram, index=entry.name, images=list(kept.images))
-        made = msgspec.structs.replace(
-            sealed, version=2, files=[*sealed.files, entry], ram=ram, packs=list(kept.packs)
-        )
-        path.write_bytes(encode(made))
-        return made
-
-    def ship(self, id: str) -> wire.Shipped:
-        """As the engine: shipped, the spool removed, and the copies that went with it."""
-        spool = self.local.spool("web", id)
-        request = wire.Ship(
-            root=str(self.store.path), vm="web", id=id, spool=str(spool), device=None,
-            shared=str(self.local.shared("web")),
-        )  # fmt: skip
-        shipped = half.ship(self.store, request, quiet)
-        for path in sorted(spool.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        spool.rmdir()
-        shared.sweep_local(self.local, "web")
-        return shipped
-
-    def remove(self, id: str) -> None:
-        waiting = shared.awaited(self.local, "web")
-        assert waiting is not None
-        request = wire.Remove(root=str(self.store.path), vm="web", id=id, waiting=sorted(waiting))
-        half.remove(self.store, request, quiet)
-
-    def verify(self, id: str) -> list[wire.Problem]:
-        request = wire.Verify(root=str(self.store.path), vm="web", id=id, seal=None)
-        return half.verify(self.store, request, quiet)
-
-    def whole(self, *ids: str) -> None:
-        """Each is as it was taken, to the last byte, by all that looks at it."""
-        for id in ids:
-            assert self.verify(id) == []
-            glance = wire.Glance(root=str(self.store.path), vm="web", id=id, seal=None, texts=[])
-            assert half.glance(self.store, glance, quiet).troubles == {}
-            to = self.path / "back" / id
-            to.mkdir(parents=True, exist_ok=True)
-            fill = wire.Fill(
-                root=str(self.store.path), vm="web", id=id, seal=None, to=str(to), near=[]
-            )
-            half.fill(self.store, fill, quiet)
-            assert (to / "0.pages").read_bytes() == (self.path / id / "pc.ram").read_bytes()
+from tests.rig.halves import names
+from tests.rig.ram import page, write_image
+from tests.rig.series import CHUNK, IDS, SIZE, Cut, Series, changing, quiet, sparse, taken
 
 
 @pytest.fixture
 def series(tmp_path):
     return Series(tmp_path)
-
-
-def changing(step: int) -> dict[int, bytes]:
-    """RAM of which much changes from snapshot to snapshot, some never, some comes again."""
-    return {at: page((at, min(step, at // 16), at // 4 % 5 == step)) for at in range(64)}
-
-
-def taken(series: Series, count: int = 5) -> None:
-    for step, id in enumerate(IDS[:count]):
-        series.spool(id, changing(step), *IDS[max(0, step - 1) : step])
-        series.ship(id)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[::13])
@@ -216,17 +122,6 @@ def test_damage_is_named_by_all_who_need_it(series):
     ]
 
 
-def sparse(series: Series) -> tuple[str, ...]:
-    """Three snapshots; once the first goes, little of its pack is needed."""
-    series.spool(IDS[0], {at: page(at) for at in range(64)})
-    series.ship(IDS[0])
-    for step, id in enumerate(IDS[1:3]):
-        own = {at: page((at, step)) for at in range(32, 48)}
-        series.spool(id, {at: page(at) for at in range(8)} | own, IDS[0])
-        series.ship(id)
-    return tuple(IDS[1:3])
-
-
 def test_what_is_still_needed_is_moved(series):
     left = sparse(series)
     folder = series.store.shared("web")
@@ -269,10 +164,6 @@ def test_one_that_came_back_counts_again(series):
     series.whole(*left, IDS[4])
     series.remove(IDS[4])
     series.whole(*left)
-
-
-class Cut(BaseException):
-    """The process ends here."""
 
 
 def test_cut_off_at_every_step(tmp_path, monkeypatch):
