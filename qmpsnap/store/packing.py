@@ -11,7 +11,7 @@ from pathlib import Path
 from qmpsnap.errors import LocalFailed
 from qmpsnap.store.manifest import Pack, RamImage
 from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.rampack import Writer
+from qmpsnap.store.rampack import ROWS, Writer
 from qmpsnap.store.ramrows import Rows
 
 
@@ -191,7 +191,7 @@ class Packing:
             self._packs.append(Named(blake3="0" * 64, bytes=0))  # known when it is whole
         place = self._writing, self._writer.add(digest, frame, raw), len(frame)
         self._new_chunks, self._new_bytes = self._new_chunks + 1, self._new_bytes + len(frame)
-        if self._writer.bytes >= self._limit:
+        if self._writer.bytes >= self._limit or self._writer.rows >= ROWS:
             self._close(self._writer)
         return place
 

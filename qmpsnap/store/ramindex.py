@@ -24,7 +24,7 @@ from qmpsnap.store.files import Side, digest_bytes, read_small
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.manifest import Digest, RamImage, Size
 from qmpsnap.store.pack import content_of, frame_of_all, size_of
-from qmpsnap.store.rampack import CHUNK_MAX
+from qmpsnap.store.rampack import CHUNK_MAX, frame_max
 from qmpsnap.store.ramrows import DIGEST, Rows
 
 NAME = "vmstate/ram.index"
@@ -204,6 +204,8 @@ class Index:
             raise DamagedData(f"{path}: its chunks are not in order, or more than the RAM has")
         if len(self) and max(self.pack_numbers) >= len(self.packs):
             raise DamagedData(f"{path}: names a pack that it does not list")
+        if len(self) and max(self.lengths) > frame_max(self.chunk_bytes):
+            raise DamagedData(f"{path}: a chunk is longer in its pack than one can be")
         sizes = [one.bytes for one in self.packs]
         ends = map(add, self.offsets, self.lengths)
         if any(end > sizes[pack] for end, pack in zip(ends, self.pack_numbers, strict=True)):

@@ -34,6 +34,9 @@ _MAGIC, _VERSION, _END = b"QSNPPACK", 1, b"QSNPEND1"
 _SYNC_EVERY = 32 << 20
 CHUNK_MAX = 16 << 20
 """Bytes that a chunk may have; more is not believed."""
+ROWS = 1 << 18
+"""Chunks after which a pack is closed: its table is read as a whole."""
+_ROWS_MAX = 4 * ROWS  # some that were made good have those of several
 
 
 class Frame(NamedTuple):
@@ -44,13 +47,18 @@ class Frame(NamedTuple):
     raw: int
 
 
+def frame_max(raw: int) -> int:
+    """Bytes that the frame of a chunk of *raw* bytes may have (zstd.h: ZSTD_COMPRESSBOUND)."""
+    return raw + (raw >> 8) + 64
+
+
 class Writer:
     """A pack being written into *folder*, under a name of its own until it is whole."""
 
     def __init__(self, folder: Path, *, side: Side = LocalFailed) -> None:
         self._path, self._side = folder / f"{token_hex(8)}{PARTIAL}", side
         self._hasher, self._table = blake3(), bytearray()
-        self.bytes = self._synced = 0
+        self.bytes = self.rows = self._synced = 0
         self.anew = True
         """False when `close` has found that the same pack was there already."""
         with told(self._path, side):
@@ -64,6 +72,7 @@ class Writer:
     def add(self, digest: bytes, frame: bytes | memoryview, raw: int) -> int:
         """Append the *frame* of the chunk *digest*, of *raw* bytes: its offset. Raises *side*."""
         offset = self.bytes
+        self.rows += 1
         self._write(frame)
         self._table += _ROW.pack(digest, offset, len(frame), raw)
         return offset
@@ -121,13 +130,18 @@ def table(path: Path, *, side: Side) -> dict[bytes, Frame]:
                 hint="use the qmpsnap that wrote it, or a newer one",
             )
         at, count, end = _FOOT.unpack(foot)
+        if count > _ROWS_MAX:
+            raise DamagedData(f"{path}: is a pack of {count} chunks, more than are believed")
         if end != _END or at + count * _ROW.size + _FOOT.size != size:
             raise DamagedData(f"{path}: is a pack without its end")
         rows = os.pread(descriptor, count * _ROW.size, at)
     if len(rows) != count * _ROW.size:
         raise DamagedData(f"{path}: is a pack without its end")
     found = {row[0]: Frame(*row[1:]) for row in _ROW.iter_unpack(rows)}
-    if any(one.offset + one.length > at or one.raw > CHUNK_MAX for one in found.values()):
+    if any(
+        one.offset + one.length > at or one.raw > CHUNK_MAX or one.length > frame_max(one.raw)
+        for one in found.values()
+    ):
         raise DamagedData(f"{path}: is a pack whose table leads out of it")
     return found
 

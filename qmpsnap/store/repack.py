@@ -20,7 +20,7 @@ from qmpsnap.store.files import Progress, sync_folder
 from qmpsnap.store.layout import StoreRoot, aside
 from qmpsnap.store.manifest import Manifest
 from qmpsnap.store.ramindex import Named
-from qmpsnap.store.rampack import Frame, Writer, copy, table
+from qmpsnap.store.rampack import ROWS, Frame, Writer, copy, table
 
 
 class Look(Protocol):
@@ -147,13 +147,13 @@ def _settled(pack: Path, needed: set[bytes], look: Look, *, stays: bool) -> bool
 def _grouped(olds: Iterable[_Old]) -> list[list[_Old]]:
     """Those that go into one new pack."""
     groups: list[list[_Old]] = []
-    room = 0
+    room = rows = 0
     for old in olds:
-        if old.bytes > room:
+        if old.bytes > room or len(old.frames) > rows:
             groups.append([])
-            room = PACK
+            room, rows = PACK, ROWS
         groups[-1].append(old)
-        room -= old.bytes
+        room, rows = room - old.bytes, rows - len(old.frames)
     return groups
 
 

@@ -44,7 +44,9 @@ def sweep(
                 with suppress(OSError):
                     _back(path)
             raise
-        repack.repack(root, vm, look, waiting, progress)
+        with suppress(StoreError, OSError):
+            # moving takes room, and a removal must not want any: the next one tries again
+            repack.repack(root, vm, look, waiting, progress)
         with suppress(OSError):
             root.shared(vm).rmdir()  # only when it is empty
         sync_folder(root.vm(vm))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from array import array
 from pathlib import Path
 
@@ -229,6 +231,7 @@ def test_an_index_that_leads_elsewhere_is_refused(shared, tmp_path):
         spoilt(known, numbers=array("I", [0, 10])),
         spoilt(known, places=(array("I", [0, 1]), *places[1:])),
         spoilt(known, places=(places[0], far, places[2])),
+        spoilt(known, places=(*places[:2], array("I", [1 << 20, 1]))),
         spoilt(known, packs=[]),
         spoilt(known, blocks=short),
         spoilt(known, digests=known.digests[:-1]),
@@ -262,10 +265,43 @@ def test_what_is_no_pack_is_refused(shared, tmp_path):
     path.write_bytes(content[:8] + b"\2" + content[9:])
     with pytest.raises(ManifestError, match="version 2; this qmpsnap knows 1"):
         rampack.table(path, side=LocalFailed)
-    for harm in (content[:-1], content[:7], b"", b"?" + content[1:], content[:16] + content[17:]):
+    long = content[:-32] + (1 << 20).to_bytes(4, "little") + content[-28:]
+    many = content[:-16] + (1 << 24).to_bytes(8, "little") + content[-8:]
+    cut = (content[:-1], content[:7], b"", b"?" + content[1:], content[:16] + content[17:])
+    for harm in (*cut, long, many):
         path.write_bytes(harm)
         with pytest.raises(DamagedData, match="pack"):
             rampack.table(path, side=LocalFailed)
+
+
+def test_an_index_takes_little_memory():
+    """That of 8 GiB without a page of zeros, in chunks of 32 KiB: read, looked up and written."""
+    code = """
+import os, resource
+from array import array
+from pathlib import Path
+from qmpsnap.store.manifest import RamImage
+from qmpsnap.store.ramindex import Index, Named
+
+count = 1 << 18
+packs = [Named(blake3="ab" * 32, bytes=1 << 40)]
+block = RamImage(block="pc.ram", bytes=8 << 30, stored_pages=count * 8)
+zeros = array("I", bytes(4 * count))
+places = zeros, array("Q", range(count)), zeros
+numbers = array("I", range(count))
+content = Index(1 << 15, [block], packs, numbers, os.urandom(32 * count), places).encode()
+del places, zeros, numbers
+most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = most()
+index = Index.decode(content, Path("ram.index"))
+assert index.find(index.digest(count - 1)) == count - 1
+assert sum(index.used()) == 0
+index.encode()
+print(before, most())
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, most = map(int, told.stdout.split())
+    assert most - before < 40 << 10  # KiB; a dict of its digests alone took 45 MiB
 
 
 def test_a_large_index_is_small_and_whole():

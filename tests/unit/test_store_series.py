@@ -210,6 +210,33 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch):
     assert at > 10
 
 
+@pytest.fixture
+def full(tmp_path):
+    """A store with little room."""
+    store = tmp_path / "full/store"
+    store.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "none", store], check=True)
+    yield store
+    subprocess.run(["umount", store], check=True)
+
+
+def test_a_removal_needs_no_room(full):
+    series = Series(full.parent)
+    left = sparse(series)
+    old = full / "web/shared" / series.known[IDS[0]].pack(0).blake3
+    shutil.rmtree(series.store.snapshot("web", IDS[0]))
+    filler = full / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(2 << 20))
+    sweeping.sweep(series.store, "web")
+    assert old.exists()  # what is left of it could not be moved
+    series.whole(*left)
+    filler.unlink()
+    sweeping.sweep(series.store, "web")
+    assert not old.exists()
+    series.whole(*left)
+
+
 def test_a_damaged_pack_is_not_moved(series):
     left = sparse(series)
     known = series.known[IDS[0]]
