@@ -28,7 +28,7 @@ from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
-from qmpsnap.store import pages
+from qmpsnap.store import pages, shared
 from qmpsnap.store.layout import STORAGE
 from qmpsnap.store.points import read as read_points
 
@@ -115,6 +115,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
                 )
             else:
                 await sweep(roots, machine, monitor)
+                await asyncio.to_thread(shared.sweep_local, roots.local, machine.name)
         entry.close()
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
@@ -212,6 +213,7 @@ async def undo(
     await bitmap.remove_all(monitor, lambda name: name not in owed.bitmaps)
     await asyncio.to_thread(remove, roots.local.point(machine.name, owed.point(id)))
     await asyncio.to_thread(pages.forget, roots.local, machine.name, id)
+    await asyncio.to_thread(shared.sweep_local, roots.local, machine.name)
     if frozen is not None:
         raise frozen  # all else is done: the debt stands until somebody has thawed the guest
     return did

@@ -78,6 +78,13 @@ async def test_a_kill_at_a_note_of_the_journal_leaves_a_whole_snapshot_or_none(
             with _engine(it, ram, die=die) as process:
                 assert await child.outcome(process) == {}, die
             assert process.returncode == -signal.SIGKILL
+            shared = it.local / "vm/shared"
+            shared.mkdir(exist_ok=True)
+            (shared / "0123456789abcdef.partial").touch()  # a pack that was being written
+            it.witness.until_running(within=5)
+            await it.engine().recover(it.clean)
+            noted = die not in {"before planned", "after closed"}
+            assert bool(list(shared.glob("*.partial"))) != noted, die
             waiting = {entry.id: entry.state for entry in await it.engine().list("vm")}
             assert set(waiting.values()) <= {"paired", "shipping", "damaged"}, die
             # from `before sealed` on the local half is sealed: the snapshot may not be lost
