@@ -65,7 +65,7 @@ class Engine:
     *store_within* is the longest time, in seconds, that the store may make no progress.
     *allow_local_store* is for trials: it takes a store that is no network file system.
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root
-    as well, from where it comes back at once.
+    as well, from where it comes back at once; with *ram_images_in* its pages lie in that folder.
     *report* is called with what is going on, bytes done, bytes in all.
     """
 
@@ -77,6 +77,7 @@ class Engine:
         allow_local_store: bool = False,
         store_within: float = 30.0,
         ram_images: int = 1,
+        ram_images_in: Path | None = None,
         report: Report = silent,
     ) -> None:
         self.roots = Roots(
@@ -84,6 +85,7 @@ class Engine:
             Store(StoreRoot(store.absolute()), store_within),
             allow_local_store,
             ram_images,
+            ram_images_in.absolute() if ram_images_in else None,
         )
         self._report = report
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from qmpsnap.engine import demand
+from qmpsnap.engine import demand, ramplace
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
@@ -73,7 +73,8 @@ def chosen(
     if lacking:
         folder = shared or to / _FOLDER
         lacking = "" if shared is not None and shared.is_dir() else lacking
-    images = {one.block: filling.image(folder, n) for n, one in enumerate(ram.images)}
+    at = filling.place(folder)
+    images = {one.block: filling.image(at, n) for n, one in enumerate(ram.images)}
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
         return Memory(Way.STREAM, folder, images, why, lacking), line, []
@@ -117,6 +118,8 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
     await asyncio.to_thread(memory.folder.mkdir, 0o700)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
+    if memory.way is Way.MAPPED:
+        await asyncio.to_thread(ramplace.held, list(memory.images.values()))
 
 
 async def loaded(

@@ -1,0 +1,77 @@
+"""Where page images go: the only place that decides on it, and looks whether there is memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from qmpsnap.engine.roots import Roots
+from qmpsnap.errors import LocalFailed
+from qmpsnap.host import filesystem, headroom
+from qmpsnap.store import pageplace, pages
+from qmpsnap.store.files import told
+from qmpsnap.units import in_bytes
+
+log = logging.getLogger(__name__)
+_SPARE = 16  # a sixteenth of the host's memory stays free
+
+
+def made(roots: Roots, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:
+    """New page images of *sizes*, in bytes, for the snapshot *id*, of zeros.
+
+    Where the configuration wants them, if they fit there, which takes all of their size on a file
+    system in memory; images of older snapshots give way first. Else beside their index, which is
+    told. Raises LocalFailed. The caller holds the VM's lock.
+    """
+    folder = roots.local.ram(vm, id)
+    if roots.ram_images_in is not None and roots.ram_images and sizes:
+        try:
+            return _elsewhere(roots, roots.ram_images_in, vm, id, sizes)
+        except LocalFailed as why:
+            log.warning("the page images of %s %s stay on the local root: %s", vm, id, why)
+    return pageplace.beside(folder, sizes)
+
+
+def held(paths: Sequence[Path]) -> None:
+    """The page images *paths*, which are filled, keep what they take while they are mapped.
+
+    Raises LocalFailed when there is no memory for them, on a file system that is memory.
+    """
+    if not paths or not filesystem.examine(paths[0].parent).in_memory:
+        return
+    status = [path.stat() for path in paths]
+    _expect_memory(sum(max(0, one.st_size - one.st_blocks * 512) for one in status))
+    for path in paths:
+        pageplace.allocated(path)
+
+
+def _elsewhere(roots: Roots, place: Path, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:
+    folder, whole = roots.local.ram(vm, id), filesystem.examine(place).in_memory
+    if place.is_dir():
+        with told(place, LocalFailed):
+            pageplace.sweep(place)
+    try:
+        return _within(place, folder, sizes, whole=whole)
+    except LocalFailed:
+        if not pages.trim(roots.local, vm, roots.ram_images - 1, but=folder):
+            raise
+    return _within(place, folder, sizes, whole=whole)
+
+
+def _within(place: Path, folder: Path, sizes: Sequence[int], *, whole: bool) -> list[Path]:
+    if whole:
+        _expect_memory(sum(sizes))
+    return pageplace.within(place, folder, sizes, whole=whole)
+
+
+def _expect_memory(wanted: int) -> None:
+    """Raises LocalFailed when taking *wanted* bytes leaves the host, or us, too little."""
+    host = headroom.look()
+    free = host.memory_free_bytes - host.memory_total_bytes // _SPARE
+    # it counts for the control group that we are in, whoever uses it later
+    for one in host.ceilings:
+        free = min(free, one.limit_bytes - one.used_bytes)
+    if wanted > free:
+        left = in_bytes(max(0, free))
+        raise LocalFailed(f"they take {in_bytes(wanted)} of memory, and {left} are to spare")
