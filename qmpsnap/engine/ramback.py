@@ -50,47 +50,45 @@ class Memory:
     lacking: str = ""
 
 
-def chosen(
-    pair: Pair,
-    line: CommandLine,
-    *,
-    to: Path,
-    eager: bool,
-    version: str,
-    huge: Collection[str],
-    shared: Path | None = None,
-) -> tuple[Memory, CommandLine, list[str]]:
-    """How the RAM of *pair* goes into the machine of *line*, which gets its memory from images.
+def chosen(pair: Pair, *, to: Path, eager: bool, shared: Path | None = None) -> Memory:
+    """How the RAM of *pair* comes back into a machine in *to*, if its memory can be mapped.
 
-    With what there is to tell about it. *eager*: all of it is loaded before the guest runs.
-    *version* is that of the QEMU that will run; *huge* are the backends on huge pages. *shared*:
-    the folder for images from the store that others map too; if it is there, they are in it.
+    *eager*: all of it is loaded before the guest runs. *shared*: the folder in which images from
+    the store are made, for others to map as well; else they come on demand.
     """
     ram = pair.manifest.ram
     if ram.index is None:
-        return Memory(), line, []
+        return Memory()
     folder, lacking = pair.roots.local.ram(pair.vm, pair.id), _lacking(pair)
     if lacking:
         folder = shared or to / _FOLDER
-        lacking = "" if shared is not None and shared.is_dir() else lacking
     at = filling.place(folder)
     images = {one.block: filling.image(at, n) for n, one in enumerate(ram.images)}
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
-        return Memory(Way.STREAM, folder, images, why, lacking), line, []
-    if lacking and shared is None:
-        return Memory(Way.DEMAND, folder, images, {}, lacking), line, []
-    sizes = {one.block: one.bytes for one in ram.images}
+        return Memory(Way.STREAM, folder, images, why, lacking)
+    way = Way.DEMAND if lacking and shared is None else Way.MAPPED
+    return Memory(way, folder, images, {}, lacking)
+
+
+def given(
+    memory: Memory, pair: Pair, line: CommandLine, *, version: str, huge: Collection[str]
+) -> tuple[Memory, CommandLine, list[str]]:
+    """The machine of *line* with the images of *memory* as its RAM, and what there is to tell.
+
+    What cannot be mapped is loaded first. *version* is that of the QEMU that will run; *huge* are
+    the backends on huge pages.
+    """
+    if memory.way is not Way.MAPPED:
+        return memory, line, []
+    sizes = {one.block: one.bytes for one in pair.manifest.ram.images}
     into = mapped(
-        line, {block: (path, sizes[block]) for block, path in images.items()},
+        line, {block: (path, sizes[block]) for block, path in memory.images.items()},
         version=version, huge=huge)  # fmt: skip
-    way = Way.MAPPED if into.blocks else Way.STREAM
     notices = [f"RAM {block} is loaded first: {why}" for block, why in into.left.items()]
-    return (
-        Memory(way, folder, images, into.left, lacking),
-        into.cmdline,
-        [*notices, *into.notices],
-    )
+    way = Way.MAPPED if into.blocks else Way.STREAM
+    memory = replace(memory, way=way, joined=into.left)
+    return memory, into.cmdline, [*notices, *into.notices]
 
 
 def kept_here(pair: Pair) -> bool:
