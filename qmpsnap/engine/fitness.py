@@ -215,7 +215,7 @@ async def _compared(
             ramback.chosen, pair, to=wish.to, eager=wish.eager, shared=wish.pages
         )
         ready = found._ready = with_memory(ready, memory, machine, version)
-        _images(found, ready.memory)
+        found.rows += ramback.rows(ready.memory, pair.manifest.ram)
 
     found._blueprint = Blueprint(machine, tuple(fetched), seen, version, ready)
     within = None
@@ -233,15 +233,6 @@ async def _compared(
     found.rows += compare(Captured(machine, ready, held, host), facts)
     if within is not None:
         found.rows += confined.rows(within, machine, facts.headroom.cpu_count)
-
-
-def _images(found: Assessed, memory: ramback.Memory) -> None:
-    """A row on how the RAM comes back."""
-    if memory.images:
-        images = found.pair.manifest.ram.images
-        stored = in_bytes(sum(one.stored_pages for one in images) << 12)
-        whence = "from the store" if memory.lacking else "kept here"
-        found.rows.append(row("RAM pages", stored, f"{whence}, {memory.way}"))
 
 
 def _how(wish: Restoration) -> str:

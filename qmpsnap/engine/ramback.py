@@ -15,13 +15,16 @@ from pathlib import Path
 from qmpsnap.engine import demand, ramplace
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
+from qmpsnap.engine.verdict import Row, row
 from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.mapping import mapped
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.store import files, filling, pages
+from qmpsnap.store.manifest import Ram
 from qmpsnap.store.ramindex import NAME as INDEX
+from qmpsnap.units import in_bytes
 
 log = logging.getLogger(__name__)
 _FOLDER = "ram"
@@ -89,6 +92,15 @@ def given(
     way = Way.MAPPED if into.blocks else Way.STREAM
     memory = replace(memory, way=way, joined=into.left)
     return memory, into.cmdline, [*notices, *into.notices]
+
+
+def rows(memory: Memory, ram: Ram) -> list[Row]:
+    """What `restore --check` tells of it."""
+    if not memory.images:
+        return []
+    stored = in_bytes(sum(one.stored_pages for one in ram.images) << 12)
+    whence = "from the store" if memory.lacking else "kept here"
+    return [row("RAM pages", stored, f"{whence}, {memory.way}")]
 
 
 def kept_here(pair: Pair) -> bool:
