@@ -122,12 +122,19 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
 
     Raises DamagedData, StoreError, LocalFailed.
     """
-    if not memory.lacking or memory.folder is None or memory.way is Way.DEMAND:
+    if memory.folder is None or memory.way is Way.DEMAND:
+        return
+    if not memory.lacking:
+        await _held(memory)
         return
     log.info("the RAM of %s %s comes from the store: %s", pair.vm, pair.id, memory.lacking)
     await asyncio.to_thread(memory.folder.mkdir, 0o700)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
+    await _held(memory)
+
+
+async def _held(memory: Memory) -> None:
     if memory.way is Way.MAPPED:
         await asyncio.to_thread(ramplace.held, list(memory.images.values()))
 

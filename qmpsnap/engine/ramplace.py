@@ -30,20 +30,28 @@ def made(roots: Roots, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:
             return _elsewhere(roots, roots.ram_images_in, vm, id, sizes)
         except LocalFailed as why:
             log.warning("the page images of %s %s stay on the local root: %s", vm, id, why)
-    return pageplace.beside(folder, sizes)
+    paths = pageplace.beside(folder, sizes)
+    try:
+        held(paths)  # for a local root in memory, too
+    except LocalFailed as why:
+        log.warning("whoever maps the RAM of %s %s has to find memory: %s", vm, id, why)
+        return pageplace.beside(folder, sizes)
+    return paths
 
 
 def held(paths: Sequence[Path]) -> None:
-    """The page images *paths*, which are filled, keep what they take while they are mapped.
+    """The page images *paths*, all in one folder, take no more memory when they are mapped.
 
-    Raises LocalFailed when there is no memory for them, on a file system that is memory.
+    Raises LocalFailed when there is none for them, on a file system that is memory.
     """
     if not paths or not filesystem.examine(paths[0].parent).in_memory:
         return
-    status = [path.stat() for path in paths]
-    _expect_memory(sum(max(0, one.st_size - one.st_blocks * 512) for one in status))
+    with told(paths[0].parent, LocalFailed):
+        lacking = {path: pageplace.lacking(path) for path in paths}
+    _expect_memory(sum(lacking.values()))
     for path in paths:
-        pageplace.allocated(path)
+        if lacking[path]:  # its time would change, and it would be taken for another
+            pageplace.allocated(path)
 
 
 def _elsewhere(roots: Roots, place: Path, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:

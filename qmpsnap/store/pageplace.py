@@ -73,6 +73,12 @@ def allocated(path: Path) -> None:
             os.close(descriptor)
 
 
+def lacking(path: Path) -> int:
+    """Bytes of *path* that are holes. Raises OSError."""
+    status = path.stat()
+    return max(0, status.st_size - status.st_blocks * 512)
+
+
 def ended(folder: Path) -> None:
     """The images that *folder* leads to are no more, nor the link. Raises OSError."""
     link = folder / ELSEWHERE
@@ -109,8 +115,9 @@ def _remove(folder: Path) -> None:
     aside = folder
     if folder.suffix != GOING:
         aside = folder.with_name(folder.name + GOING)
-        folder.rename(aside)
-    shutil.rmtree(aside)
+        with suppress(FileNotFoundError):  # another engine sweeps, too
+            folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_shared(place: Path) -> None:

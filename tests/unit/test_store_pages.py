@@ -135,6 +135,22 @@ def test_images_in_memory_have_no_holes(small: Path, tmp_path: Path) -> None:
 
 
 @root_only
+def test_a_local_root_in_memory(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = roots(small)
+    (path,) = taken(here, NEW)
+    assert path.stat().st_blocks * 512 >= SIZE
+    before = path.stat()
+    ramplace.held([path])
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert good(here, NEW)
+    assert caplog.text == ""
+    assert taken(here, NEXT)[0].stat().st_blocks * 512 < SIZE // 2
+    assert "has to find memory" in caplog.text
+
+
+@root_only
 def test_older_images_give_way(small: Path, tmp_path: Path) -> None:
     here = roots(tmp_path / "one", small)
     (old,) = taken(here, OLD)
