@@ -9,7 +9,7 @@ from pathlib import Path
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import filesystem, headroom
-from qmpsnap.store import pageplace, pages
+from qmpsnap.store import local, pageplace, pages
 from qmpsnap.store.files import told
 from qmpsnap.units import in_bytes
 
@@ -17,17 +17,20 @@ log = logging.getLogger(__name__)
 _SPARE = 16  # a sixteenth of the host's memory stays free
 
 
-def made(roots: Roots, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:
+def made(roots: Roots, vm: str, id: str, sizes: Sequence[int], *, here: bool = False) -> list[Path]:
     """New page images of *sizes*, in bytes, for the snapshot *id*, of zeros.
 
     Where the configuration wants them, if they fit there, which takes all of their size on a file
     system in memory; images of older snapshots give way first. Else beside their index, which is
-    told. Raises LocalFailed. The caller holds the VM's lock.
+    told. *here*: there in any case, as more than a cache. Raises LocalFailed. The caller holds the
+    VM's lock.
     """
-    folder = roots.local.ram(vm, id)
-    if roots.ram_images_in is not None and roots.ram_images and sizes:
+    folder, place = roots.local.ram(vm, id), roots.ram_images_in
+    if place is not None and here:
+        log.info("the page images of %s %s stay on the local root: packs depend on them", vm, id)
+    elif place is not None and roots.ram_images and sizes:
         try:
-            return _elsewhere(roots, roots.ram_images_in, vm, id, sizes)
+            return _elsewhere(roots, place, vm, id, sizes)
         except LocalFailed as why:
             log.warning("the page images of %s %s stay on the local root: %s", vm, id, why)
     paths = pageplace.beside(folder, sizes)
@@ -37,6 +40,16 @@ def made(roots: Roots, vm: str, id: str, sizes: Sequence[int]) -> list[Path]:
         log.warning("whoever maps the RAM of %s %s has to find memory: %s", vm, id, why)
         return pageplace.beside(folder, sizes)
     return paths
+
+
+def waiting(roots: Roots, vm: str) -> set[str]:
+    """The snapshots that wait for packs of another VM: should these go, their own are made of the
+    page images. Raises LocalFailed."""
+    return {
+        one.id
+        for one in local.survey(roots.local, vm)
+        if one.paired is None and one.spooled and any(pack.origin for pack in one.spooled.packs)
+    }
 
 
 def held(paths: Sequence[Path]) -> None:
@@ -62,7 +75,8 @@ def _elsewhere(roots: Roots, place: Path, vm: str, id: str, sizes: Sequence[int]
     try:
         return _within(place, folder, sizes, whole=whole)
     except LocalFailed:
-        if not pages.trim(roots.local, vm, roots.ram_images - 1, but=folder):
+        kept = waiting(roots, vm)
+        if not pages.trim(roots.local, vm, roots.ram_images - 1, kept, but=folder):
             raise
     return _within(place, folder, sizes, whole=whole)
 

@@ -21,7 +21,7 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
-from qmpsnap.store import chunking, files, filling, local, pack, pages
+from qmpsnap.store import chunking, files, filling, pack, pages
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
@@ -65,7 +65,10 @@ async def stored(
     await asyncio.to_thread(files.make_folders, work, roots.local.path, side=LocalFailed)
     await asyncio.to_thread(files.make_folders, folder / "vmstate", folder, side=LocalFailed)
     try:
-        apart = await _split(raw, work, report, lambda sizes: ramplace.made(roots, vm, id, sizes))
+        here = bool(lenders)  # until it is shipped the images are what it has of their packs
+        apart = await _split(
+            raw, work, report, lambda sizes: ramplace.made(roots, vm, id, sizes, here=here)
+        )
     except (StreamUnknown, DamagedData) as strange:
         # QEMU may well load what we make no sense of; as one stream it is all that it was
         log.warning("the RAM of %s %s is stored whole, as one stream: %s", vm, id, strange)
@@ -132,12 +135,7 @@ async def trimmed(roots: Roots, vm: str) -> None:
     are made of the images.
     """
     try:
-        there = await asyncio.to_thread(local.survey, roots.local, vm)
-        waiting = {
-            one.id
-            for one in there
-            if one.paired is None and one.spooled and any(pack.origin for pack in one.spooled.packs)
-        }
+        waiting = await asyncio.to_thread(ramplace.waiting, roots, vm)
         await asyncio.to_thread(pages.trim, roots.local, vm, roots.ram_images, waiting)
     except LocalFailed as failed:
         log.warning("page images of %s that are old may be left: %s", vm, failed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,16 +68,21 @@ async def fresh(engine: Engine, id: str) -> int:
     return sum(pack.bytes for pack in packs if pack.fresh)
 
 
+def written(folder: Path) -> list[str]:
+    """The options of a machine that counts, with noise in its RAM."""
+    (folder / "boot").write_bytes((COUNTER.ljust(510, b"\0") + b"\x55\xaa").ljust(MIB, b"\0"))
+    (folder / "noise").write_bytes(os.urandom(2 * MIB))
+    words = f"-M pc -m 32 -nodefaults {NOISE}{8 * MIB:#x} -drive file=boot,format=raw,if=virtio"
+    return words.split()
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_mapped_machine_is_saved_again(
     version: str, short: Path, store: Path, memory: Path
 ) -> None:
     on_disk = Engine(short / "local", store, allow_local_store=True)
     engine = Engine(short / "local", store, allow_local_store=True, ram_images_in=memory)
-    (short / "boot").write_bytes((COUNTER.ljust(510, b"\0") + b"\x55\xaa").ljust(MIB, b"\0"))
-    (short / "noise").write_bytes(os.urandom(2 * MIB))
-    words = f"-M pc -m 32 -nodefaults {NOISE}{8 * MIB:#x} -drive file=boot,format=raw,if=virtio"
-    async with running(binary(version), *words.split(), directory=short) as vm:
+    async with running(binary(version), *written(short), directory=short) as vm:
         async with connect(vm.qmp) as monitor:
             await counts_on(monitor, 0)
         first = await on_disk.create(Machine("web", vm.qmp), LIVE)
@@ -142,3 +149,46 @@ async def test_a_mapped_machine_is_saved_again(
     assert (await engine.verify("web", fourth.id)).findings == []
     await engine.delete(Machine("web"), fourth.id)
     assert there(memory) == []
+
+
+@pytest.fixture
+def small(memory: Path) -> Iterator[Path]:
+    """A file system in memory that holds one image, and little more."""
+    root = memory.parent / "small"
+    root.mkdir()
+    size = f"size={SIZE + 2 * MIB}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", root], check=True)
+    yield root
+    subprocess.run(["umount", root], check=True)
+
+
+def filled(folder: Path) -> None:
+    """No page is left there."""
+    room = os.statvfs(folder)
+    with (folder / "others").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize)
+    assert os.statvfs(folder).f_bavail == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_memory_that_is_full_ends_no_machine(short: Path, store: Path, small: Path) -> None:
+    """Who reads a hole of a file in memory takes a page, and is killed when there is none."""
+    engine = Engine(short / "local", store, allow_local_store=True, ram_images_in=small / "images")
+    async with running(binary("11.1"), *written(short), directory=short) as vm:
+        async with connect(vm.qmp) as monitor:
+            await counts_on(monitor, 0)
+        await engine.create(Machine("web", vm.qmp), LIVE)
+    assert (await kept(engine))[1].is_relative_to(small)
+    ready = await engine.prepare_restore("web", Restoration(short / "one"))
+    async with engine.restored(ready) as back:
+        assert back.ram == "mapped"
+        filled(small)
+        second = await engine.create(machine(back), BACKGROUND)
+        async with connect(back.machine.qmp) as monitor:
+            await counts_on(monitor, await counted(monitor))
+            await monitor.execute("stop")
+            (now,) = await seen(monitor, [(0, SIZE)], short / "ram")
+    id, image = await kept(engine)
+    assert id == second.id
+    assert image.is_relative_to(short)  # the older one gave way, but is mapped still
+    assert differing(image.read_bytes(), now) == set()

@@ -233,6 +233,14 @@ def test_none_are_kept_elsewhere_either(tmp_path: Path) -> None:
     assert taken(here, NEW)[0].parent == here.local.ram("web", NEW)
 
 
+def test_images_that_packs_are_made_of_again_are_durable(tmp_path: Path) -> None:
+    here = roots(tmp_path / "one", tmp_path / "images")
+    folder = here.local.ram("web", NEW)
+    folder.mkdir(parents=True)
+    (path,) = ramplace.made(here, "web", NEW, [SIZE], here=True)
+    assert path.parent == folder
+
+
 def test_what_nothing_leads_to_is_swept(tmp_path: Path) -> None:
     within = tmp_path / "images"
     one, two = roots(tmp_path / "one", within), roots(tmp_path / "two", within)
