@@ -37,7 +37,8 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What a file says. *store_timeout* in seconds; *path* is None when there is no file.
 
-    *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too.
+    *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too, its pages
+    in *ram_images_in* if that is given.
     """
 
     path: Path | None = None
@@ -46,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     allow_local_store: bool = False
     store_timeout: float = STORE_TIMEOUT
     ram_images: int = RAM_IMAGES
+    ram_images_in: Path | None = None
     vms: Mapping[str, Vm] = {}
 
 
@@ -61,6 +63,7 @@ class _File(msgspec.Struct, frozen=True):
     allow_local_store: bool = False
     store_timeout: str | None = None
     ram_images: int = RAM_IMAGES
+    ram_images_in: str | None = None
     vm: dict[str, dict[str, object]] = {}
 
 
@@ -107,6 +110,7 @@ def load(given: Path | None = None) -> Config:
         allow_local_store=file.allow_local_store,
         store_timeout=timeout,
         ram_images=file.ram_images,
+        ram_images_in=_path(path, file.ram_images_in),
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},
     )
 

@@ -49,3 +49,11 @@ def store() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="qs", dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory that is not there yet."""
+    path = Path(tempfile.mkdtemp(prefix="qs", dir="/dev/shm"))
+    yield path / "images"
+    shutil.rmtree(path)

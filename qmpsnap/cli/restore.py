@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from qmpsnap.cli import options
+from qmpsnap.cli import restore_options as given
 from qmpsnap.cli.target import Call, choice, snapshot
 from qmpsnap.cli.verb import verb
 
@@ -41,135 +40,21 @@ async def restore(
     vm: options.Vm,
     id: options.Id = "latest",
     *,
-    to: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="Folder for all that is new: images, sockets, logs. Empty, or not there yet.",
-            show_default=False,
-        ),
-    ],
-    cold: Annotated[
-        bool,
-        typer.Option(
-            "--cold",
-            help="Boot from the disks, without the RAM. Default: go on where the guest was.",
-            show_default=False,
-        ),
-    ] = False,
-    eager: Annotated[
-        bool,
-        typer.Option(
-            "--eager",
-            help="Load all RAM into QEMU's own memory before the guest runs. Default: map it, "
-            "and read each page when the guest touches it.",
-            show_default=False,
-        ),
-    ] = False,
-    revision: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Revision of the local half. Default: the one of the vmstate.",
-            show_default=False,
-        ),
-    ] = None,
-    standalone: Annotated[
-        bool,
-        typer.Option(
-            "--standalone",
-            help="Copy the disks in full. Default: thin overlays that need the snapshot.",
-            show_default=False,
-        ),
-    ] = False,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Only compare the captured machine with this host, in a table. Default: compare, "
-            "and restore if nothing blocks.",
-            show_default=False,
-        ),
-    ] = False,
-    no_start: Annotated[
-        bool,
-        typer.Option(
-            "--no-start",
-            help="Build the images and print the command line. Default: start it.",
-            show_default=False,
-        ),
-    ] = False,
-    qmp_socket: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Where the new QEMU's QMP monitor listens. Default: qmp.sock in DIR.",
-            show_default=False,
-        ),
-    ] = None,
-    detach: Annotated[
-        bool,
-        typer.Option(
-            "--detach",
-            help="Return once the guest runs, and leave it running. Default: stay until the "
-            "machine ends; Ctrl-C ends it.",
-            show_default=False,
-        ),
-    ] = False,
-    clones: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Start N machines, in DIR/1 to DIR/N, which share the pages of the RAM: all, or "
-            "none. Default: one machine, in DIR.",
-            show_default=False,
-        ),
-    ] = None,
-    keep_macs: Annotated[
-        bool,
-        typer.Option(
-            "--keep-macs",
-            help="Clones have the MAC addresses of the original. Default: each has its own.",
-            show_default=False,
-        ),
-    ] = False,
-    qemu: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="QEMU binary to use. Default: the one that the VM ran on.",
-            show_default=False,
-        ),
-    ] = None,
-    secret: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=FILE",
-            help="File to read -object secret ID from, for one that the VM was given on its "
-            "command line, which no snapshot holds; may be repeated. Default: where it was.",
-            show_default=False,
-        ),
-    ] = None,
-    limits: Annotated[
-        str,
-        typer.Option(
-            metavar="same|none|suggest",
-            help="Start QEMU in a control group of its own: with the limits that held for the "
-            "captured VM, or with such as follow from what it used. Default: none.",
-            show_default=False,
-        ),
-    ] = "none",
-    limits_parent: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GROUP",
-            help="The group in which that one is made, as in /proc/PID/cgroup. Default: our own, "
-            "on v2 the nearest that has no processes and hands the controllers down.",
-            show_default=False,
-        ),
-    ] = None,
+    to: given.To,
+    cold: given.Cold = False,
+    eager: given.Eager = False,
+    revision: given.Revision = None,
+    standalone: given.Standalone = False,
+    check: given.Check = False,
+    no_start: given.NoStart = False,
+    qmp_socket: given.QmpSocket = None,
+    detach: given.Detach = False,
+    clones: given.Clones = None,
+    keep_macs: given.KeepMacs = False,
+    qemu: given.Qemu = None,
+    secret: given.Secret = None,
+    limits: given.Limits = "none",
+    limits_parent: given.LimitsParent = None,
 ) -> None:
     """Bring a VM back from a snapshot, beside the original, which may go on running.
 

@@ -66,6 +66,7 @@ class Call:
             allow_local_store=self.allow_local_store or self.settings.allow_local_store,
             store_within=self.settings.store_timeout,
             ram_images=self.settings.ram_images,
+            ram_images_in=self.settings.ram_images_in,
             report=self.out.progress,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qmpsnap.engine import restore
+from qmpsnap.engine import fitness, restore
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.ramback import Way
 from qmpsnap.engine.restoration import Ready, Restoration, refuse_folder
@@ -77,18 +77,20 @@ async def prepared(
     done: list[Ready] = []
     gate = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(number: int, of: str) -> Planned:
-        own = replace(wish, to=wish.to / str(number), pages=wish.to / _PAGES)
+    def own(number: int) -> Restoration:
+        return replace(wish, to=wish.to / str(number), pages=wish.to / _PAGES)
+
+    async def one(number: int, ready: Ready) -> Planned:
         async with gate:
-            ready = await restore.prepared(roots, vm, of, own, report)
-        done.append(ready)
+            done.append(await restore.built(ready, report))
         return _as_clone(ready, number, keep_macs)
 
     try:
-        # the first one finds the snapshot, and fills the page images if need be
-        first = await one(1, word)
-        id = first.ready.pair.id
-        return [first, *await _all([one(number, id) for number in range(2, count + 1)])]
+        assessed = await fitness.assess(roots, vm, word, own(1))
+        # it makes the page images too, if need be: for the others they are there
+        first = await one(1, assessed.ready())
+        others = [one(number, assessed.another(own(number))) for number in range(2, count + 1)]
+        return [first, *await _all(others)]
     except BaseException:
         await finish(asyncio.to_thread(_unmade, wish.to, done), within=60)
         raise
@@ -188,7 +190,14 @@ async def _renewed(one: Planned, back: Restored) -> Clone:
 def _as_clone(ready: Ready, number: int, keep_macs: bool) -> Planned:
     pair, relocated = ready.pair, ready.relocated
     of = f"{pair.vm}/{pair.id}"
-    own = clone(relocated.cmdline, relocated.notices, of=of, number=number, keep_macs=keep_macs)
+    own = clone(
+        relocated.cmdline,
+        relocated.notices,
+        of=of,
+        number=number,
+        keep_macs=keep_macs,
+        cold=ready.wish.cold,
+    )
     moved = replace(relocated, cmdline=own.cmdline, notices=list(own.notices))
     # the page images are there, and stay as long as another one has to read them
     memory = replace(ready.memory, lacking="")

@@ -11,15 +11,11 @@ from pathlib import Path
 from qmpsnap.engine import (
     boot,
     clones,
-    configuration,
     copies,
     create,
     delete,
-    execution,
     export,
     fitness,
-    half,
-    history,
     info,
     listing,
     merge,
@@ -35,37 +31,30 @@ from qmpsnap.engine import (
     verify,
 )
 from qmpsnap.engine.capture import Report
-from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.protect import Protection
+from qmpsnap.engine.reader import Reader, silent
 from qmpsnap.engine.roots import Roots
-from qmpsnap.engine.spool import MACHINE
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
 from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import LocalRoot, StoreRoot
-from qmpsnap.store.manifest import Storage
 from qmpsnap.store.points import read as read_points
 from qmpsnap.store.remote import Store
 
 log = logging.getLogger(__name__)
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """A report that nobody reads."""
-
-
-class Engine:
+class Engine(Reader):
     """Paired snapshots between a *local* root and a *store* root.
 
     *store_within* is the longest time, in seconds, that the store may make no progress.
     *allow_local_store* is for trials: it takes a store that is no network file system.
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root
-    as well, from where it comes back at once.
+    as well, from where it comes back at once; with *ram_images_in* its pages lie in that folder.
     *report* is called with what is going on, bytes done, bytes in all.
     """
 
@@ -77,15 +66,17 @@ class Engine:
         allow_local_store: bool = False,
         store_within: float = 30.0,
         ram_images: int = 1,
+        ram_images_in: Path | None = None,
         report: Report = silent,
     ) -> None:
-        self.roots = Roots(
+        roots = Roots(
             LocalRoot(local.absolute()),
             Store(StoreRoot(store.absolute()), store_within),
             allow_local_store,
             ram_images,
+            ram_images_in.absolute() if ram_images_in else None,
         )
-        self._report = report
+        super().__init__(roots, report)
 
     async def plan(self, machine: Machine, wishes: Wishes | None = None) -> Plan:
         """What `create` would do now, nothing done. Raises Refused."""
@@ -99,57 +90,11 @@ class Engine:
         """
         return await create.create(self.roots, machine, wishes or Wishes(), self._report)
 
-    async def list(self, vm: str | None = None) -> Sequence[Entry]:
-        """Every snapshot of *vm*, or of all VMs, in whatever state it is; oldest first."""
-        return await listing.entries(self.roots, vm)
-
     async def ship(
         self, vm: str | None = None
     ) -> tuple[Sequence[ship.Delivered], Sequence[NotShipped]]:
         """Deliver what waits in the spools; what could not be delivered, and why, comes second."""
         return await ship.ship_all(self.roots, vm, self._report)
-
-    async def show(self, vm: str, word: str = listing.LATEST) -> half.Pair:
-        """Both halves' manifests of one snapshot. Raises SnapshotUnknown, HalfMissing."""
-        return await half.open_pair(self.roots, await listing.find(self.roots, vm, word))
-
-    async def revisions(self, vm: str, id: str) -> Sequence[Storage]:
-        """The local half of the snapshot *id* at each of its revisions, the RAM's own first."""
-        points = await asyncio.to_thread(read_points, self.roots.local, vm)
-        return [one.storage for one in points if one.storage.id == id]
-
-    async def captured(self, vm: str, word: str = listing.LATEST) -> Configuration:
-        """The machine of one snapshot, as `machine.json` has it.
-
-        Raises SnapshotUnknown, HalfMissing, ManifestError, StoreError.
-        """
-        entry = await listing.find(self.roots, vm, word)
-        pair = await half.open_pair(self.roots, entry)
-        return configuration.decode(await pair.read(MACHINE), f"{vm} {entry.id} {MACHINE}")
-
-    async def vmstate(self, vm: str, word: str = listing.LATEST) -> execution.ExecutionState:
-        """What is in the execution state of one snapshot: RAM blocks and devices.
-
-        All of the stream is read and checked, but for RAM in packs. Raises SnapshotUnknown,
-        Blocked (taken without RAM), HalfMissing, DamagedData, StreamUnknown, StoreError.
-        """
-        entry = await listing.find(self.roots, vm, word)
-        return await execution.read(await half.open_pair(self.roots, entry), self._report)
-
-    async def usage(self, vm: str, word: str = listing.LATEST) -> history.Record:
-        """What the VM and its host used at one snapshot, and since the one before.
-
-        Raises SnapshotUnknown, HalfMissing, ManifestError, StoreError.
-        """
-        entry = await listing.find(self.roots, vm, word)
-        used = await history.of_pair(await half.open_pair(self.roots, entry))
-        return history.Record(
-            vm=vm, id=entry.id, state=entry.state, taken_at=entry.taken_at, usage=used
-        )
-
-    async def usages(self, vm: str) -> Sequence[history.Record]:
-        """The same of every snapshot of *vm*, oldest first; what cannot be read says why."""
-        return await history.history(self.roots, vm)
 
     async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
         """What can be done with a running VM, and why not; *changes*: what an increment copies."""

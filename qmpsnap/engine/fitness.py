@@ -22,6 +22,7 @@ from qmpsnap.engine import (
     tpm,
     usage,
 )
+from qmpsnap.engine.blueprint import Blueprint, with_memory
 from qmpsnap.engine.comparison import Captured, compare
 from qmpsnap.engine.confined import Wanted
 from qmpsnap.engine.half import Glanced, Pair, open_pair
@@ -75,6 +76,7 @@ class Assessed:
     rows: list[Row] = field(default_factory=list)
     errors: list[SnapError] = field(default_factory=list)
     _ready: Ready | None = None
+    _blueprint: Blueprint | None = None
 
     def shown(self) -> Fitness:
         ready = self._ready
@@ -104,6 +106,16 @@ class Assessed:
             )
         warnings = [f"{row.what}: {row.why}" for row in self.rows if row.verdict == "differs"]
         return replace(self._ready, warnings=warnings)
+
+    def another(self, wish: Restoration) -> Ready:
+        """What may be started besides, in the folder of *wish*, which is as the first one else.
+
+        Page images that the first one has to make are there by then. Raises as `ready` does.
+        """
+        first = self.ready()
+        assert self._blueprint is not None
+        ready = self._blueprint.another(wish)
+        return replace(ready, warnings=first.warnings, limits=first.limits, site=first.site)
 
     @property
     def blocking(self) -> list[Row]:
@@ -197,9 +209,15 @@ async def _compared(
     found._ready = ready
     found.rows += rows
     facts = await here.look(ready, machine, chains)
+    version = facts.binary.version if facts.binary is not None else "0"
     if not wish.cold:
-        version = facts.binary.version if facts.binary is not None else "0"
-        ready = found._ready = await asyncio.to_thread(_with_memory, found, ready, machine, version)
+        memory = await asyncio.to_thread(
+            ramback.chosen, pair, to=wish.to, eager=wish.eager, shared=wish.pages
+        )
+        ready = found._ready = with_memory(ready, memory, machine, version)
+        found.rows += ramback.rows(ready.memory, pair.manifest.ram)
+
+    found._blueprint = Blueprint(machine, tuple(fetched), seen, version, ready)
     within = None
     usages = [used] if used is not None else []
     if wish.limits is Choice.SUGGEST:
@@ -215,29 +233,6 @@ async def _compared(
     found.rows += compare(Captured(machine, ready, held, host), facts)
     if within is not None:
         found.rows += confined.rows(within, machine, facts.headroom.cpu_count)
-
-
-def _with_memory(
-    found: Assessed, ready: Ready, machine: configuration.Configuration, version: str
-) -> Ready:
-    """*ready*, and how its RAM comes back; a row on that."""
-    backends = (machine.details.memory_backends if machine.details else None) or []
-    memory, line, notices = ramback.chosen(
-        found.pair,
-        ready.relocated.cmdline,
-        to=found.wish.to,
-        eager=found.wish.eager,
-        version=version,
-        huge={one.id for one in backends if one.id and one.huge_page_bytes is not None},
-        shared=found.wish.pages,
-    )
-    if memory.images:
-        images = found.pair.manifest.ram.images
-        stored = in_bytes(sum(one.stored_pages for one in images) << 12)
-        whence = "from the store" if memory.lacking else "kept here"
-        found.rows.append(row("RAM pages", stored, f"{whence}, {memory.way}"))
-    relocated = replace(ready.relocated, cmdline=line, notices=[*ready.relocated.notices, *notices])
-    return replace(ready, memory=memory, relocated=relocated)
 
 
 def _how(wish: Restoration) -> str:

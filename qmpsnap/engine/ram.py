@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import RamChoice
 from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.guest.runstate import RunState
+from qmpsnap.hypervisor.machine.mapping import images
 from qmpsnap.hypervisor.vmstate.session import RamMode
 
 _NO_RAM = "`--ram none` leaves the RAM out"
+_NOT_MAPPED = (
+    "`--ram live` does not need it; a machine restored with --eager, or from page images in memory "
+    "(`ram_images_in` of the configuration), can be saved in the background"
+)
+_OF_MEMORY = "guest memory configuration"  # what QEMU 7.2 to 11.1 say of files on a disk
 
 
 def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str]:
@@ -30,7 +38,8 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
         return _ram_of_paused(facts, asked, trouble)
     if asked is RamChoice.BACKGROUND:
         if trouble:
-            raise Blocked(f"background saving of RAM is not possible: {trouble}")
+            told = f"background saving of RAM is not possible: {trouble}"
+            raise Blocked(told, hint=_NOT_MAPPED if _on_disk(facts) else "")
         return (RamMode.BACKGROUND,), "asked for"
     if asked is not RamChoice.AUTO:
         return (RamMode(asked.value),), "asked for"
@@ -59,10 +68,18 @@ def _ram_of_paused(
     return (RamMode.BACKGROUND,), "the guest is paused, and stays so"
 
 
+def _on_disk(facts: Survey) -> list[Path]:
+    """The page images that QEMU cannot write-protect, if that is the trouble with this machine."""
+    if facts.attached is None or _OF_MEMORY not in facts.abilities.background_trouble:
+        return []
+    return images(facts.attached.line)
+
+
 def background_trouble(facts: Survey) -> str:
     """Why RAM cannot be saved in the background; empty if it can."""
     if not facts.abilities.background:
-        return facts.abilities.background_trouble
+        trouble, mapped = facts.abilities.background_trouble, _on_disk(facts)
+        return f"its RAM is mapped from {mapped[0]}, on a disk: {trouble}" if mapped else trouble
     for device in facts.inventory.devices or []:
         # they write RAM from another process, or past the CPU: write protection misses that
         if device.type.startswith(("vhost-user", "vfio-")):

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from qmpsnap.engine import demand
+from qmpsnap.engine import demand, ramplace
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
+from qmpsnap.engine.verdict import Row, row
 from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.mapping import mapped
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.store import files, filling, pages
+from qmpsnap.store.manifest import Ram
 from qmpsnap.store.ramindex import NAME as INDEX
+from qmpsnap.units import in_bytes
 
 log = logging.getLogger(__name__)
 _FOLDER = "ram"
@@ -50,46 +53,54 @@ class Memory:
     lacking: str = ""
 
 
-def chosen(
-    pair: Pair,
-    line: CommandLine,
-    *,
-    to: Path,
-    eager: bool,
-    version: str,
-    huge: Collection[str],
-    shared: Path | None = None,
-) -> tuple[Memory, CommandLine, list[str]]:
-    """How the RAM of *pair* goes into the machine of *line*, which gets its memory from images.
+def chosen(pair: Pair, *, to: Path, eager: bool, shared: Path | None = None) -> Memory:
+    """How the RAM of *pair* comes back into a machine in *to*, if its memory can be mapped.
 
-    With what there is to tell about it. *eager*: all of it is loaded before the guest runs.
-    *version* is that of the QEMU that will run; *huge* are the backends on huge pages. *shared*:
-    the folder for images from the store that others map too; if it is there, they are in it.
+    *eager*: all of it is loaded before the guest runs. *shared*: the folder in which images from
+    the store are made, for others to map as well; else they come on demand.
     """
     ram = pair.manifest.ram
     if ram.index is None:
-        return Memory(), line, []
+        return Memory()
     folder, lacking = pair.roots.local.ram(pair.vm, pair.id), _lacking(pair)
     if lacking:
         folder = shared or to / _FOLDER
-        lacking = "" if shared is not None and shared.is_dir() else lacking
-    images = {one.block: filling.image(folder, n) for n, one in enumerate(ram.images)}
+    at = filling.place(folder)
+    images = {one.block: filling.image(at, n) for n, one in enumerate(ram.images)}
     if eager:
         why = dict.fromkeys(images, "all of it was to be loaded first")
-        return Memory(Way.STREAM, folder, images, why, lacking), line, []
-    if lacking and shared is None:
-        return Memory(Way.DEMAND, folder, images, {}, lacking), line, []
-    sizes = {one.block: one.bytes for one in ram.images}
+        return Memory(Way.STREAM, folder, images, why, lacking)
+    way = Way.DEMAND if lacking and shared is None else Way.MAPPED
+    return Memory(way, folder, images, {}, lacking)
+
+
+def given(
+    memory: Memory, pair: Pair, line: CommandLine, *, version: str, huge: Collection[str]
+) -> tuple[Memory, CommandLine, list[str]]:
+    """The machine of *line* with the images of *memory* as its RAM, and what there is to tell.
+
+    What cannot be mapped is loaded first. *version* is that of the QEMU that will run; *huge* are
+    the backends on huge pages.
+    """
+    if memory.way is not Way.MAPPED:
+        return memory, line, []
+    sizes = {one.block: one.bytes for one in pair.manifest.ram.images}
     into = mapped(
-        line, {block: (path, sizes[block]) for block, path in images.items()},
+        line, {block: (path, sizes[block]) for block, path in memory.images.items()},
         version=version, huge=huge)  # fmt: skip
-    way = Way.MAPPED if into.blocks else Way.STREAM
     notices = [f"RAM {block} is loaded first: {why}" for block, why in into.left.items()]
-    return (
-        Memory(way, folder, images, into.left, lacking),
-        into.cmdline,
-        [*notices, *into.notices],
-    )
+    way = Way.MAPPED if into.blocks else Way.STREAM
+    memory = replace(memory, way=way, joined=into.left)
+    return memory, into.cmdline, [*notices, *into.notices]
+
+
+def rows(memory: Memory, ram: Ram) -> list[Row]:
+    """What `restore --check` tells of it."""
+    if not memory.images:
+        return []
+    stored = in_bytes(sum(one.stored_pages for one in ram.images) << 12)
+    whence = "from the store" if memory.lacking else "kept here"
+    return [row("RAM pages", stored, f"{whence}, {memory.way}")]
 
 
 def kept_here(pair: Pair) -> bool:
@@ -111,12 +122,21 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
 
     Raises DamagedData, StoreError, LocalFailed.
     """
-    if not memory.lacking or memory.folder is None or memory.way is Way.DEMAND:
+    if memory.folder is None or memory.way is Way.DEMAND:
+        return
+    if not memory.lacking:
+        await _held(memory)
         return
     log.info("the RAM of %s %s comes from the store: %s", pair.vm, pair.id, memory.lacking)
     await asyncio.to_thread(memory.folder.mkdir, 0o700)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
+    await _held(memory)
+
+
+async def _held(memory: Memory) -> None:
+    if memory.way is Way.MAPPED:
+        await asyncio.to_thread(ramplace.held, list(memory.images.values()))
 
 
 async def loaded(

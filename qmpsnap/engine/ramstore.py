@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from qmpsnap.engine import ramknown
+from qmpsnap.engine import ramknown, ramplace
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
-from qmpsnap.store import chunking, files, filling, local, pack, pages
+from qmpsnap.store import chunking, files, filling, pack, pages
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
 
 if TYPE_CHECKING:
-    from qmpsnap.hypervisor.vmstate.split import Split
+    from qmpsnap.hypervisor.vmstate.split import Make, Split
 
 log = logging.getLogger(__name__)
 STREAM = "vmstate/stream.zst"
@@ -65,7 +65,10 @@ async def stored(
     await asyncio.to_thread(files.make_folders, work, roots.local.path, side=LocalFailed)
     await asyncio.to_thread(files.make_folders, folder / "vmstate", folder, side=LocalFailed)
     try:
-        apart = await _split(raw, work, report)
+        here = bool(lenders)  # until it is shipped the images are what it has of their packs
+        apart = await _split(
+            raw, work, report, lambda sizes: ramplace.made(roots, vm, id, sizes, here=here)
+        )
     except (StreamUnknown, DamagedData) as strange:
         # QEMU may well load what we make no sense of; as one stream it is all that it was
         log.warning("the RAM of %s %s is stored whole, as one stream: %s", vm, id, strange)
@@ -113,8 +116,9 @@ async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
     if manifest.ram.index is None:
         return
     folder = roots.local.ram(vm, manifest.id)
+    at = filling.place(folder)
     images = [
-        (one.block, filling.image(folder, number), one.stored_pages)
+        (one.block, filling.image(at, number), one.stored_pages)
         for number, one in enumerate(manifest.ram.images)
     ]
     try:
@@ -131,18 +135,13 @@ async def trimmed(roots: Roots, vm: str) -> None:
     are made of the images.
     """
     try:
-        there = await asyncio.to_thread(local.survey, roots.local, vm)
-        waiting = {
-            one.id
-            for one in there
-            if one.paired is None and one.spooled and any(pack.origin for pack in one.spooled.packs)
-        }
+        waiting = await asyncio.to_thread(ramplace.waiting, roots, vm)
         await asyncio.to_thread(pages.trim, roots.local, vm, roots.ram_images, waiting)
     except LocalFailed as failed:
         log.warning("page images of %s that are old may be left: %s", vm, failed)
 
 
-async def _split(raw: Path, work: Path, report: Report) -> Split:
+async def _split(raw: Path, work: Path, report: Report, make: Make) -> Split:
     from qmpsnap.hypervisor.vmstate.split import split  # numpy: most verbs need none
 
     def tell(done: int, total: int) -> None:
@@ -152,7 +151,7 @@ async def _split(raw: Path, work: Path, report: Report) -> Split:
         with told(raw, LocalFailed):
             source = os.open(raw, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return split(source, work, forget=True, on_progress=tell, cancelled=stop)
+            return split(source, work, make=make, forget=True, on_progress=tell, cancelled=stop)
         finally:
             os.close(source)
 

@@ -70,7 +70,12 @@ async def prepared(roots: Roots, vm: str, word: str, wish: Restoration, report: 
     Raises SnapshotUnknown, HalfMissing, BaseChanged and their kin for what is on disk, Blocked
     for a machine that cannot be brought back here, UsageError for a *to* that is not empty.
     """
-    ready = (await fitness.assess(roots, vm, word, wish)).ready()
+    return await built((await fitness.assess(roots, vm, word, wish)).ready(), report)
+
+
+async def built(ready: Ready, report: Report) -> Ready:
+    """*ready*, its images in its folder. Raises what is wrong; nothing is left behind then."""
+    wish = ready.wish
     await asyncio.to_thread(_make_folder, wish.to)
     try:
         await _images(ready.pair, wish, report)

@@ -18,13 +18,15 @@ from qmpsnap.store.separate import refuse_same
 class Roots:
     """*allow_local_store*: the store may be on this host's own disks, for a trial.
 
-    *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root.
+    *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root,
+    or in *ram_images_in*, as a rule a folder in memory (tmpfs), if it has room.
     """
 
     local: LocalRoot
     store: Store
     allow_local_store: bool = False
     ram_images: int = 1
+    ram_images_in: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

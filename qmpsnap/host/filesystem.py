@@ -17,6 +17,7 @@ NETWORK_TYPES = frozenset(
     | {"fuse.glusterfs", "fuse.sshfs", "fuse.ceph", "fuse.ceph-fuse"}
 )
 _NFS_MAGIC = 0x6969
+_TMPFS_MAGIC = 0x01021994
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,6 +47,11 @@ class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
     def network(self) -> bool:
         """Whether the data lies on another machine: by the type's name, or by NFS's magic."""
         return self.mount.network or self.magic == _NFS_MAGIC
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its data is memory of this host, as on tmpfs: a hole that is read becomes one."""
+        return self.magic == _TMPFS_MAGIC
 
 
 def mount_of(path: Path, *, resolve: bool = True) -> Mount:

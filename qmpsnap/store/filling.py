@@ -28,6 +28,8 @@ STREAM = "stream.zst"
 """The name of the rest of the state, packed, beside page images that are kept."""
 INDEX = "ram.index"
 """The name of an index beside the page images that it tells of."""
+ELSEWHERE = "images"
+"""The name of a link beside an index, to the folder of the images, where they are not beside it."""
 Span = tuple[int, int, int]
 """A part of the RAM: the number of its block, and start and length in that, in bytes."""
 _PAGE = 4096
@@ -46,6 +48,14 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True):
 def image(folder: Path, block: int) -> Path:
     """The page image of the *block*-th block of an index."""
     return folder / f"{block}.pages"
+
+
+def place(folder: Path) -> Path:
+    """Where the images of the index in *folder* are: there, or where a link leads to."""
+    try:
+        return (folder / ELSEWHERE).readlink()
+    except OSError:
+        return folder
 
 
 def hollow(path: Path, size: int) -> None:
@@ -224,7 +234,7 @@ def neighbour(folder: Path, read: Callable[[Path], Index] = read_near) -> Neighb
         index.ready()  # before threads ask it
     except SnapError:
         return None
-    found = Neighbour(index)
+    found, folder = Neighbour(index), place(folder)
     for number in range(len(index.blocks)):
         try:
             found.images[number] = os.open(

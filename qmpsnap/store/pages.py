@@ -1,23 +1,26 @@
 """The page images of snapshots on the local root: the only place that keeps and ends them.
 
 They are a cache: all that is in them is on the store, too. `LOCAL/VM/ram/ID` has one file a block
-of RAM, `0.pages` and so on, in the order of `ram.index`, and `pages.json`, written last.
+of RAM, `0.pages` and so on, in the order of `ram.index`, or a link to where they are
+(`pageplace`), and `pages.json`, written last.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from blake3 import blake3
 
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
-from qmpsnap.store import ramindex
+from qmpsnap.store import pageplace, ramindex
+from qmpsnap.store.copying import data_runs
 from qmpsnap.store.files import (
     Progress,
     digest_file,
@@ -27,19 +30,23 @@ from qmpsnap.store.files import (
     sync_folder,
     told,
 )
-from qmpsnap.store.filling import INDEX
+from qmpsnap.store.filling import ELSEWHERE, INDEX, image, place
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
-from qmpsnap.store.layout import LocalRoot
+from qmpsnap.store.layout import GOING, LocalRoot
 from qmpsnap.store.manifest import Digest, Image, Size
 
 NOTE = "pages.json"
-_GOING = ".going"
-_FORMAT, _NEWEST = "qmpsnap-pages", 1
+_FORMAT, _NEWEST = "qmpsnap-pages", 2
+_PAGE, _PIECE = 4096, 1 << 20
 
 
 class PageImage(msgspec.Struct, frozen=True, kw_only=True):
-    """The RAM block *block* in the file *image*, which has *stored_pages* that are not zero."""
+    """The RAM block *block* in the file *image*, which has *stored_pages* that are not zero.
+
+    The images are found by their places in the list. The path in *image* is for people: a name; an
+    absolute one in version 1, which may be where they lay before the root was moved.
+    """
 
     block: str
     stored_pages: Size
@@ -50,7 +57,7 @@ class Pages(msgspec.Struct, frozen=True, kw_only=True):
     """`pages.json`: all large RAM blocks of the snapshot *id*, and the BLAKE3 of its index."""
 
     format: Literal["qmpsnap-pages"] = "qmpsnap-pages"
-    version: Literal[1] = 1
+    version: Annotated[int, msgspec.Meta(ge=1, le=_NEWEST)] = _NEWEST
     id: str
     index_blake3: Digest
     images: list[PageImage]
@@ -69,12 +76,11 @@ def seal(folder: Path, id: str, images: Sequence[tuple[str, Path, int]]) -> Page
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-    listed = [
-        PageImage(
-            block=block, stored_pages=stored, image=examine_image(path, "raw", path.stat().st_size)
-        )
-        for block, path, stored in images
-    ]
+    listed = []
+    for block, path, stored in images:
+        seen = examine_image(path, "raw", path.stat().st_size)
+        seen = msgspec.structs.replace(seen, path=path.name)
+        listed.append(PageImage(block=block, stored_pages=stored, image=seen))
     note = Pages(id=id, index_blake3=index, images=listed)
     content = msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n"
     publish(folder / NOTE, content, side=LocalFailed)
@@ -92,8 +98,8 @@ def found(folder: Path, index_blake3: str) -> Pages:
     pages = read(folder)
     if pages.index_blake3 != index_blake3:
         raise DamagedData(f"{folder}: are the pages of another snapshot")
-    for one in pages.images:
-        if difference := changed(one.image):
+    for path, one in zip(_paths(folder, pages), pages.images, strict=True):
+        if difference := changed(msgspec.structs.replace(one.image, path=str(path))):
             raise DamagedData(difference)
     return pages
 
@@ -112,27 +118,32 @@ def indexes(root: LocalRoot, vm: str) -> list[Path]:
     return [path for one in reversed(_folders(root, vm)) if (path := one / INDEX).exists()]
 
 
-def trim(root: LocalRoot, vm: str, keep: int, also: Collection[str] = ()) -> None:
+def trim(
+    root: LocalRoot, vm: str, keep: int, also: Collection[str] = (), *, but: Path | None = None
+) -> bool:
     """Only the page images of the *keep* newest snapshots stay, and the newest one's index.
 
-    Those of the snapshots *also* stay, too.
-
-    What a run has left that was cut off goes, too. The caller holds the VM's lock. A machine that
-    runs on such pages keeps them until it ends. Raises LocalFailed.
+    Those of the snapshots *also* stay, too. What a run has left that was cut off goes, *but* for
+    the folder that is being filled. The caller holds the VM's lock. A machine that runs on such
+    pages keeps them until it ends. Gives whether any went. Raises LocalFailed.
     """
     folders = [one for one in _folders(root, vm) if (one / NOTE).exists()]
     kept = folders[max(0, len(folders) - keep) :]
     kept += [one for one in folders if one.name in also]
+    gone = False
     with told(root.ram(vm), LocalFailed):
         for one in _folders(root, vm):
-            if one in kept:
+            if one in kept or one == but:
                 continue
             if folders and one == folders[-1]:
-                _only_index(one)
+                gone |= _only_index(one)
             else:
                 _remove(one)
+                gone = True
         for one in _going(root, vm):
-            shutil.rmtree(one)
+            _end(one)
+            gone = True
+    return gone
 
 
 def forget(root: LocalRoot, vm: str, id: str) -> None:
@@ -144,7 +155,7 @@ def forget(root: LocalRoot, vm: str, id: str) -> None:
 
 
 def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) -> list[str]:
-    """Why the page images in *folder* are not what the index says, all of them read.
+    """Why the page images in *folder* are not what the index says, all that they hold read.
 
     Nothing is wrong where none are kept, nor with those that no restore would take. Raises
     LocalFailed.
@@ -156,36 +167,74 @@ def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) 
         return []
     troubles, done = [], 0
     total = sum(block.bytes for block in index.blocks)
-    for number, one in enumerate(pages.images):
-        path, lost = Path(one.image.path), 0
+    for number, path in enumerate(_paths(folder, pages)):
+        lost = stray = end = 0
         with opened(path, LocalFailed) as descriptor:
             for row in index.rows(number):
                 at, length = index.span(number, row)
+                stray += _pages(descriptor, end, at)
                 lost += blake3(os.pread(descriptor, length, at)).digest() != index.digest(row)
+                end = at + length
                 if on_progress is not None:
                     on_progress(done + at, total, f"reading {path.name}")
+            stray += _pages(descriptor, end, index.blocks[number].bytes)
         done += index.blocks[number].bytes
         if lost:
             troubles.append(f"{path}: {lost} chunks are not what the index says (BLAKE3)")
+        if stray:
+            troubles.append(f"{path}: {stray} pages that have to be zero are not")
     return troubles
+
+
+def _paths(folder: Path, pages: Pages) -> list[Path]:
+    at = place(folder)
+    return [image(at, number) for number in range(len(pages.images))]
+
+
+def _pages(descriptor: int, start: int, end: int) -> int:
+    """How many pages from *start* to *end*, in bytes, hold something. Raises OSError."""
+    found = 0
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as failed:
+            if failed.errno != errno.ENXIO:  # nothing but a hole to the end
+                raise
+            break
+        # a hole need not be one for ever: what is read through a mapping is there, on tmpfs
+        content = os.pread(descriptor, min(_PIECE, end - start), start) if start < end else b""
+        if content != bytes(len(content)):
+            found += sum(-(-(stop - at) // _PAGE) for at, stop in data_runs(content, _PAGE))
+        start += _PIECE
+    return found
 
 
 def _remove(folder: Path) -> None:
     # gone in one step: a QEMU before 8.2 makes an empty file where it finds a folder and no image
-    aside = folder.with_name(folder.name + _GOING)
+    aside = folder.with_name(folder.name + GOING)
     folder.rename(aside)
-    shutil.rmtree(aside)
+    _end(aside)
+
+
+def _end(folder: Path) -> None:
+    pageplace.ended(folder)
+    shutil.rmtree(folder)
 
 
 def _going(root: LocalRoot, vm: str) -> list[Path]:
     """What a run has left that was cut off while it removed images. Raises OSError."""
-    return [one for one in root.ram(vm).glob(f"*{_GOING}") if one.is_dir()]
+    return [one for one in root.ram(vm).glob(f"*{GOING}") if one.is_dir()]
 
 
-def _only_index(folder: Path) -> None:
+def _only_index(folder: Path) -> bool:
+    """Whether anything else was there."""
+    gone = (folder / ELSEWHERE).is_symlink()
+    pageplace.ended(folder)
     for path in folder.iterdir():
         if path.name not in (INDEX, NOTE):
             path.unlink()
+            gone = True
+    return gone
 
 
 def _folders(root: LocalRoot, vm: str) -> list[Path]:

@@ -87,5 +87,13 @@ def test_the_example_configuration_is_one(tmp_path: Path) -> None:
     file = tmp_path / "qmpsnap.toml"
     file.write_text(example)
     assert set(config.load(file).vms) == {"web", "mail"}
-    known = {"local", "store", "allow_local_store", "store_timeout", "ram_images", "vm"}
+    known = {
+        "local",
+        "store",
+        "allow_local_store",
+        "store_timeout",
+        "ram_images",
+        "ram_images_in",
+        "vm",
+    }
     assert set(tomllib.loads(example)) == known

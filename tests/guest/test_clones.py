@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
 import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,11 +16,11 @@ from blake3 import blake3
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.dependents import standing
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import Wishes
+from qmpsnap.engine.wishes import RamChoice, Wishes
 from qmpsnap.errors import LaunchFailed
 from tests.rig.console import Console
 from tests.rig.graph import ask
-from tests.rig.guest import blockdev, booted, disk
+from tests.rig.guest import agrees, blockdev, booted, disk
 from tests.rig.qemu import binary
 
 pytestmark = pytest.mark.guest
@@ -44,15 +47,18 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.pages")}
 
 
-@pytest.mark.timeout(600)
-async def test_clones_go_their_own_ways(short: Path, store: Path) -> None:
-    engine = Engine(short / "local", store, allow_local_store=True)
-    options = [
-        *blockdev(disk(short / "d0.qcow2"), "d0", "qcow2", device="vd0"),
+def devices(folder: Path) -> list[str]:
+    return [
+        *blockdev(disk(folder / "d0.qcow2"), "d0", "qcow2", device="vd0"),
         *("-netdev", "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22"),
         *("-device", f"virtio-net-pci,netdev=n0,mac={MAC}", "-device", f"vmgenid,guid={GUID}"),
     ]
-    async with booted(binary("7.2"), short, disks=options, also="net") as guest:
+
+
+@pytest.mark.timeout(600)
+async def test_clones_go_their_own_ways(short: Path, store: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with booted(binary("7.2"), short, disks=devices(short), also="net") as guest:
         for command in ("ip link set dev eth0 up", "date -s '2020-01-01'", HWCLOCK):
             await guest.console.run(command, within=20)
         before = await guest.console.witness(within=60)
@@ -111,3 +117,73 @@ async def test_clones_go_their_own_ways(short: Path, store: Path) -> None:
         for console in consoles:
             assert console.alarms == []
     assert digests(images) == was
+
+
+@pytest.mark.timeout(600)
+async def test_clones_of_their_own_memory_and_of_the_disks(short: Path, store: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with booted(binary("10.0"), short, disks=devices(short), also="net") as guest:
+        await guest.console.run("ip link set dev eth0 up", within=20)
+        before = await guest.console.witness(within=60)
+        await engine.create(Machine("web", guest.qmp, guest.agent), Wishes(max_pause=60))
+    planned = await engine.prepare_clones("web", Restoration(short / "e", eager=True), 2)
+    assert [one.ready.memory.way for one in planned] == ["stream", "stream"]
+    async with engine.cloned(planned) as clones:
+        assert [clone.restored.ram for clone in clones] == ["stream", "stream"]
+        assert all(of_images(clone.restored.process.pid) == {} for clone in clones)
+        for clone in clones:
+            async with Console.open(clone.restored.ready.wish.to / "console.sock") as console:
+                found = await console.witness(within=60)
+                mac = (await console.run(ADDRESS, within=30)).strip()
+            assert (found.ok, found.nonce) == (True, before.nonce)
+            assert clone.macs == {"eth0": mac}
+    assert sorted(path.name for path in (short / "e").iterdir()) == ["1", "2"]
+
+    planned = await engine.prepare_clones("web", Restoration(short / "c", cold=True), 2)
+    macs = [one.macs[MAC] for one in planned]
+    async with engine.cloned(planned) as clones, AsyncExitStack() as stack:
+        assert [clone.restored.ram for clone in clones] == [None, None]
+        folders = [clone.restored.ready.wish.to for clone in clones]
+        consoles = [
+            await stack.enter_async_context(Console.open(folder / "console.sock"))
+            for folder in folders
+        ]
+        for console in consoles:
+            await console.until("READY", within=120)
+        seen = [(await console.run(ADDRESS, within=30)).strip() for console in consoles]
+        assert seen == macs
+        nonces = {(await console.witness(within=60)).nonce for console in consoles}
+        assert len({before.nonce, *nonces}) == 3
+
+
+@pytest.mark.timeout(600)
+async def test_clones_that_stay_in_memory(short: Path, store: Path, memory: Path) -> None:
+    """They are detached, their images come from the store, and lie in memory."""
+    engine = Engine(short / "local", store, allow_local_store=True)
+    async with booted(binary("11.1"), short, disks=devices(short), also="net") as guest:
+        await guest.console.run("ip link set dev eth0 up", within=20)
+        before = await guest.console.witness(within=60)
+        await engine.create(Machine("web", guest.qmp, guest.agent), Wishes(max_pause=60))
+    shutil.rmtree(engine.roots.local.ram("web"))
+    planned = await engine.prepare_clones("web", Restoration(memory), 2)
+    image = memory / "ram/0.pages"
+    assert image.stat().st_blocks * 512 >= image.stat().st_size  # see ramplace
+    pids: list[int] = []
+    try:
+        async with engine.cloned(planned, detach=True) as clones:
+            pids += [clone.restored.process.pid for clone in clones]
+        assert [clone.restored.ram for clone in clones] == ["mapped", "mapped"]
+        for clone in clones:
+            async with Console.open(clone.restored.ready.wish.to / "console.sock") as console:
+                found = await console.witness(within=60)
+                mac = (await console.run(ADDRESS, within=30)).strip()
+            assert (found.ok, found.nonce) == (True, before.nonce)
+            assert clone.macs == {"eth0": mac}
+        again = clones[0].restored.machine
+        wishes = Wishes(ram=RamChoice.BACKGROUND, max_pause=60, rebind=True)
+        second = await engine.create(Machine("web", again.qmp, again.agent), wishes)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    assert second.ram == "background"
+    await agrees(engine, "web", Restoration(short / "again"), before, second.id)

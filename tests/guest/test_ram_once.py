@@ -9,7 +9,7 @@ import pytest
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
-from qmpsnap.engine.wishes import Wishes
+from qmpsnap.engine.wishes import RamChoice, Wishes
 from tests.guest.test_damage import flipped, harmed
 from tests.rig.graph import status
 from tests.rig.guest import agrees, back, booted
@@ -27,14 +27,18 @@ async def fresh(engine: Engine, id: str, vm: str = "web") -> int:
     return index.bytes + sum(pack.bytes for pack in manifest.packs if pack.fresh)
 
 
+def _images(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.glob("*/*.pages")}
+
+
 def _content(image: bytes) -> int:
     """Where there is content, beyond the part that is looked at each time."""
     return next(at for at in range(1 << 20, len(image), 4096) if any(image[at : at + 4096]))
 
 
 @pytest.mark.timeout(600)
-async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
-    engine = Engine(short / "local", store, allow_local_store=True)
+async def test_a_series_shares_its_ram(short: Path, store: Path, memory: Path) -> None:
+    engine = Engine(short / "local", store, allow_local_store=True, ram_images_in=memory)
     local = short / "local/web"
     async with booted(binary("11.1"), short) as guest:
         machine = Machine("web", guest.qmp, guest.agent)
@@ -47,7 +51,7 @@ async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
     assert part * 20 <= whole, (part, whole)
     # the pages of the newest are here, and only those
     assert [one.name for one in (local / "ram").iterdir()] == [second.id]
-    images = {path: path.read_bytes() for path in (local / "ram" / second.id).glob("*.pages")}
+    images = _images(memory)
     assert images
     # a page that is not what it was, and nothing else tells of it
     image = max(images, key=lambda path: path.stat().st_blocks)
@@ -60,7 +64,9 @@ async def test_a_series_shares_its_ram(short: Path, store: Path) -> None:
         assert here.ok
         # one that came back is a machine as any other, and what it never touched is in its RAM too
         again = Machine("web", one.machine.qmp, one.machine.agent)
-        third = await engine.create(again, Wishes(max_pause=30, rebind=True))
+        wishes = Wishes(ram=RamChoice.BACKGROUND, max_pause=30, rebind=True)
+        third = await engine.create(again, wishes)
+    assert third.ram == "background"
     assert await fresh(engine, third.id) * 5 <= whole
     assert {path: path.read_bytes() for path in images if path.exists()} == {}
     # who brought the pages is deleted: the others have what they need of them

@@ -24,6 +24,8 @@ def test_all_keys(file: Path) -> None:
         store = "nas"
         allow_local_store = true
         store_timeout = "2m"
+        ram_images = 3
+        ram_images_in = "images"
         [vm.web]
         socket = "/run/web.sock"
         agent_socket = "~/agent.sock"
@@ -37,6 +39,7 @@ def test_all_keys(file: Path) -> None:
     assert found.store == file.parent / "nas"  # relative to the file
     assert found.allow_local_store
     assert found.store_timeout == 120
+    assert (found.ram_images, found.ram_images_in) == (3, file.parent / "images")
     assert found.vms["web"].socket == Path("/run/web.sock")
     assert found.vms["web"].agent_socket == file.parent / "home/agent.sock"
     assert found.vms["mail.example"] == config.Vm(socket=file.parent / "mail.sock")

@@ -11,9 +11,16 @@ LOCAL = re.compile(r"02(:[0-9a-f]{2}){5}")
 GUID = "0b8d3f9c-8d3b-4f4c-9a53-8e6d3a1c5b11"
 
 
-def made(text: str, number: int = 1, *, notices: tuple[str, ...] = (), keep: bool = False) -> Clone:
+def made(
+    text: str,
+    number: int = 1,
+    *,
+    notices: tuple[str, ...] = (),
+    keep: bool = False,
+    cold: bool = False,
+) -> Clone:
     line = parse(["qemu", *text.split()])
-    return clone(line, notices, of="web/20261123", number=number, keep_macs=keep)
+    return clone(line, notices, of="web/20261123", number=number, keep_macs=keep, cold=cold)
 
 
 def told(one: Clone) -> str:
@@ -33,7 +40,7 @@ def test_each_card_has_an_address_of_its_own() -> None:
         "-nodefaults -netdev user,id=n0 -device virtio-net-pci,id=v0,mac=52:54:0:12:34:57 "
         "-device e1000,netdev=n0 "
         "-net nic,macaddr=52-54-00-AA-BB-CC -nic user,model=rtl8139 -nic none -net user "
-        '-device {"driver":"vmxnet3","netdev":"n1"}'
+        '-device {"driver":"tulip","netdev":"n1"}'
     )
     assert list(one.macs) == [
         "52:54:00:12:34:57",
@@ -47,7 +54,7 @@ def test_each_card_has_an_address_of_its_own() -> None:
         "-device e1000,netdev=n0,mac=<52:54:00:12:34:58> "
         "-net nic,macaddr=<52:54:00:aa:bb:cc> -nic user,model=rtl8139,mac=<52:54:00:12:34:56> "
         "-nic none -net user "
-        '-device {"driver":"vmxnet3","netdev":"n1","mac":"<52:54:00:12:34:59>"}',
+        '-device {"driver":"tulip","netdev":"n1","mac":"<52:54:00:12:34:59>"}',
         one,
     )
     assert len(set(one.macs.values())) == 5
@@ -65,6 +72,28 @@ def test_the_card_that_nobody_asked_for() -> None:
     one = made("-m 64")
     assert told(one) == with_macs("-m 64 -net nic,macaddr=<52:54:00:12:34:56> -net user", one)
     assert told(made("-m 64 -net none")) == "-m 64 -net none"
+
+
+def test_cards_that_load_their_own_address_only() -> None:
+    """It is spelled out, since what QEMU gives them depends on the other cards."""
+    text = "-nodefaults -device e1000,id=a -device e1000e,id=b -device vmxnet3"
+    one = made(text)
+    b, c = "52:54:00:12:34:57", "52:54:00:12:34:58"
+    new = one.macs["52:54:00:12:34:56"]
+    assert told(one) == (
+        f"-nodefaults -device e1000,id=a,mac={new} -device e1000e,id=b,mac={b} "
+        f"-device vmxnet3,mac={c}"
+    )
+    assert all(LOCAL.fullmatch(one.macs[mac]) for mac in (b, c))
+    assert [notice.split(":")[0] for notice in one.notices] == ["card b", "card vmxnet3"]
+    cold = made(text, cold=True)
+    assert cold.macs == one.macs
+    assert cold.notices == []
+    assert told(cold).endswith(f"-device vmxnet3,mac={one.macs[c]}")
+    board = made("-M q35 -m 64")
+    assert told(board) == "-M q35 -m 64 -net nic,macaddr=52:54:00:12:34:56 -net user"
+    assert len(board.notices) == 1
+    assert made("-M q35 -nic user,model=virtio-net-pci").notices == []
 
 
 def test_addresses_can_be_kept() -> None:

@@ -405,6 +405,29 @@ def test_an_unknown_stream_is_not_forgotten(tmp_path: Path) -> None:
         assert kept < 4 * PAGE if forget else kept >= len(sound)
 
 
+def test_what_has_no_holes_gets_none(tmp_path: Path) -> None:
+    made = _made(5, 3, 300, ended=True, named=False, late=False)
+
+    def make(sizes: Sequence[int]) -> list[Path]:
+        paths = [tmp_path / f"{number}.pages" for number in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        return paths
+
+    parts = _apart(bytes(made.raw), tmp_path / "a", make=make)
+    took = [holes(image.path) for image in _apart(bytes(made.raw), tmp_path / "b").images]
+    assert all(took)
+    for number, image in enumerate(parts.images):
+        assert image.path == tmp_path / f"{number}.pages"
+        assert image.path.read_bytes() == made.block(image.block)
+        assert image.path.stat().st_blocks * 512 >= image.bytes
+        image.path.unlink()
+    with pytest.raises(StreamUnknown):
+        _apart(bytes(_begun().raw) + b"\x08\0\x07\0\0", tmp_path / "c", make=make)
+    assert list(tmp_path.glob("*.pages")) == []
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that holds 1 MiB."""

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.keyval import Fields
-from qmpsnap.hypervisor.machine.options import Device, fields_of, option_of
+from qmpsnap.hypervisor.machine.options import Device, Machine, fields_of, option_of
 from qmpsnap.hypervisor.machine.relocation.parts import KEEPS_CID, fresh_cid
 from qmpsnap.hypervisor.machine.relocation.wires import KEEPS_MAC
 
 # the cards of 7.2 to 11.1, by how their names begin; another one has a netdev= or a mac=
-_CARDS = ("virtio-net", "e1000", "rtl8139", "ne2k_", "pcnet", "i825", "vmxnet3", "tulip", "igb",
-          "usb-net", "sungem", "sunhme", "spapr-vlan")  # fmt: skip
+_CARDS = ("virtio-net", "e1000", "rtl8139", "ne2k_", "pcnet", "i8255", "i8256", "i82801", "vmxnet3",
+          "tulip", "igb", "usb-net", "sungem", "sunhme", "spapr-vlan")  # fmt: skip
+# what they saved has their address, and loads into a card with another one no more (7.2 to 11.1)
+_INSISTING = ("e1000e", "vmxnet3")
 _DEFAULT = "52:54:00:12:34:"  # and 56 for the first: net/net.c, qemu_macaddr_default_if_unset
 _DEFAULTS = range(0x56, 0x100)
 _MAC = re.compile(r"([0-9a-f]{1,2}[:-]){5}[0-9a-f]{1,2}", re.I)
@@ -38,12 +40,15 @@ def clone(
     of: str,
     number: int,
     keep_macs: bool = False,
+    cold: bool = False,
 ) -> Clone:
     """Clone *number* of the machine of *line*, which `relocate` made, telling *notices*.
 
     Its network cards get addresses that are the same whenever it is made of *of* again, a word
     that stands for one snapshot; its generation ID and vsock address are fresh ones. A card that
-    has no address on the command line has the one that QEMU gives it.
+    has no address on the command line has the one that QEMU gives it. Not *cold*: it goes on with
+    a saved state, and a card that takes that with its own address only has it until the guest
+    changes it, and after each reset.
     """
     told = [one for one in notices if not one.endswith((KEEPS_CID, KEEPS_MAC))]
     line = line.replace(_identified)
@@ -58,6 +63,10 @@ def clone(
     for index, old in _addresses(line).items():
         new = given[index] = _address(of, number, len(given))
         macs[old] = new
+        if not cold and _model(line, option := line.options[index]).startswith(_INSISTING):
+            given[index] = old
+            name = fields_of(option).get("id") or _model(line, option)
+            told.append(f"card {name}: each reset gives it the original's MAC address again")
     changed = line.replace(
         lambda index, option: [_with_mac(option, given[index]) if index in given else option]
     )
@@ -102,6 +111,15 @@ def _is_card(option: Option) -> bool:
         return fields.get("type") == "nic"
     driver = fields.get("driver") or ""
     return driver.startswith(_CARDS) or fields.has("netdev") or fields.has("mac")
+
+
+def _model(line: CommandLine, option: Option) -> str:
+    fields = fields_of(option)
+    if option.name == "device":
+        return fields.get("driver") or ""
+    types = [Machine.of(one).type or "" for one in line.all("machine", "M")]
+    by_default = "e1000e" if any("q35" in one for one in types) else ""
+    return fields.get("model") or by_default
 
 
 def _has_default(line: CommandLine) -> bool:

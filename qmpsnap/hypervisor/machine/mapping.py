@@ -91,6 +91,13 @@ def mapped(
     return Mapped(new, plan.blocks, plan.left, tuple(plan.notices))
 
 
+def images(line: CommandLine) -> list[Path]:
+    """The page images that the machine of *line* has in the place of its memory."""
+    found = [Object.of(option).fields for option in line.all("object")]
+    paths = [Path(fields.get("mem-path") or "") for fields in found if not fields.on("share")]
+    return [path for path in paths if _IMAGE.fullmatch(path.name)]
+
+
 def unmapped(line: CommandLine) -> CommandLine:
     """*line* with memory of QEMU's own in the place of page images.
 

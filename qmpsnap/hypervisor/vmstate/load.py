@@ -40,7 +40,7 @@ async def load(monitor: Monitor, feed: Callable[[int], Awaitable[None]]) -> None
 
         async def fed_so_far(_now: migration.Migration) -> None:
             # a pipe that ends before its first byte wakes no QEMU: it would wait for ever
-            if feeding.done():
+            if feeding.done() and not _refused(feeding):
                 feeding.result()
 
         try:
@@ -50,7 +50,8 @@ async def load(monitor: Monitor, feed: Callable[[int], Awaitable[None]]) -> None
         except BaseException:
             feeding.cancel()
             await finish(_ended(feeding), within=10)
-            if feeding.done() and not feeding.cancelled() and (cause := feeding.exception()):
+            over = feeding.done() and not feeding.cancelled() and not _refused(feeding)
+            if over and (cause := feeding.exception()):
                 raise cause from None  # the stream was cut short on our side: that is the reason
             raise
     state = await runstate.query(monitor)
@@ -63,6 +64,15 @@ async def _fed(feed: Callable[[int], Awaitable[None]], writing: int) -> None:
         await feed(writing)
     finally:
         os.close(writing)
+
+
+def _refused(feeding: asyncio.Future[None]) -> bool:
+    """Whether it was QEMU that took no more: it says why."""
+    failed = None if feeding.cancelled() else feeding.exception()
+    if failed is None:
+        return False
+    # another process that fed it can only tell of that
+    return isinstance(failed.__cause__ or failed, BrokenPipeError) or "EPIPE" in str(failed)
 
 
 async def _ended(feeding: asyncio.Future[None]) -> None:

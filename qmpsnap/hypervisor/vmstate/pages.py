@@ -59,11 +59,11 @@ def _bit(pages: Numbers) -> Rows:
 class PageFile:
     """The *count* pages of a block in the open file *fd*, from the byte *start* on; all are zero.
 
-    Without a file they are only counted.
+    Without a file they are only counted. With *whole* it has no holes, and gets none.
     """
 
-    def __init__(self, fd: int | None, count: int, start: int = 0) -> None:
-        self._fd, self._start = fd, start
+    def __init__(self, fd: int | None, count: int, start: int = 0, *, whole: bool = False) -> None:
+        self._fd, self._start, self._whole = fd, start, whole
         self.stored = Marks(count)
 
     def put(self, pages: Numbers, places: Numbers, buffer: bytearray) -> None:
@@ -93,7 +93,7 @@ class PageFile:
             return
         for first, end in zip(*_runs(pages), strict=True):
             start, length = int(pages[first]) * PAGE + self._start, int(end - first) * PAGE
-            if not sparse.punch(self._fd, start, length):
+            if self._whole or not sparse.punch(self._fd, start, length):
                 _written(self._fd, memoryview(bytes(length)), start)
 
     def _write(self, pages: Numbers, rows: Rows) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from qmpsnap.hypervisor.vmstate.walk import Batch
 from qmpsnap.hypervisor.vmstate.window import SIZE, Progress, Window
 
 STREAM = "stream"
+Make = Callable[[Sequence[int]], Sequence[Path]]
+"""Makes the files of the page images, which have these sizes in bytes, and are all zeros. One that
+has no holes gets none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def split(
     folder: Path,
     *,
     above: int = 16 << 20,
+    make: Make | None = None,
     forget: bool = False,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -54,10 +58,11 @@ def split(
 ) -> Split:
     """Take the stream of the descriptor *source* apart, into new files of *folder*.
 
-    They are `stream`, and `0.pages`, `1.pages`, … for the blocks of more than *above* bytes; none
-    is synced. *source* is a regular file, which is read from its start, a pipe or a socket. With
-    *forget* a regular file, open for writing too, is given back to the file system as it is read,
-    after a first reading that has found it sound: only a full disk then loses it.
+    They are `stream`, and `0.pages`, `1.pages`, … for the blocks of more than *above* bytes, or
+    the files that *make* makes for these, anywhere, before anything is forgotten; none is synced.
+    *source* is a regular file, which is read from its start, a pipe or a socket. With *forget* a
+    regular file, open for writing too, is given back to the file system as it is read, after a
+    first reading that has found it sound: only a full disk then loses it.
     *on_progress* is told (bytes read, bytes in all or 0); *cancelled* is asked now and then.
 
     Raises StreamUnknown (keep the stream whole), DamagedData, LocalFailed, Cancelled; then nothing
@@ -70,7 +75,7 @@ def split(
     )
     with _Files(folder) as files:
         start = stream.opening(window)
-        blocks = _Blocks(start, files, above)
+        blocks = _Blocks(start, files, above, make or files.hollow)
         closing = stream.ram(window, start, lambda batch: blocks.put(batch, window.buffer))
         tail = window.offset
         whole, fd = files.new(STREAM)
@@ -111,6 +116,24 @@ class _Files:
         self._made.append(path)
         return path, fd
 
+    def hollow(self, sizes: Sequence[int]) -> list[Path]:
+        """Page images of *sizes* in the folder. Raises LocalFailed."""
+        paths = []
+        for number, size in enumerate(sizes):
+            path, fd = self.new(f"{number}.pages")
+            with told(path):
+                os.ftruncate(fd, size)
+            paths.append(path)
+        return paths
+
+    def opened(self, path: Path, size: int) -> tuple[int, bool]:
+        """*path*, made for us, and whether it has no holes. Raises LocalFailed."""
+        self._made.append(path)
+        with told(path):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._open.callback(os.close, fd)
+            return fd, os.fstat(fd).st_blocks * 512 >= size
+
     def unnamed(self) -> int:
         """A file that is gone once it is closed. Raises LocalFailed."""
         with told(self.folder):
@@ -134,7 +157,7 @@ class _Blocks:
     """Where the pages of each block go: an image of its own, or a place in one file for the small
     ones, whose pages are also marked, as those that QEMU did not send are not to be sent again."""
 
-    def __init__(self, start: Opening, files: _Files, above: int) -> None:
+    def __init__(self, start: Opening, files: _Files, above: int, make: Make) -> None:
         self._ram = start.ram
         self._names = [name for name, _ in start.blocks]
         self.files: list[PageFile] = []
@@ -142,15 +165,13 @@ class _Blocks:
         self._seen: dict[int, Marks] = {}
         self._small = files.unnamed()
         self._folder = files.folder
-        end = images = 0
+        end, images = 0, iter(make([size for _, size in start.blocks if size > above]))
         for number, (_, size) in enumerate(start.blocks):
             if size > above:
-                path, fd = files.new(f"{images}.pages")
-                with told(path):
-                    os.ftruncate(fd, size)
-                self.files.append(PageFile(fd, size // PAGE))
+                path = next(images)
+                fd, whole = files.opened(path, size)
+                self.files.append(PageFile(fd, size // PAGE, whole=whole))
                 self.paths.append(path)
-                images += 1
             else:
                 self.files.append(PageFile(self._small, size // PAGE, end))
                 self.paths.append(None)
