@@ -30,7 +30,7 @@ from qmpsnap.store.files import (
     sync_folder,
     told,
 )
-from qmpsnap.store.filling import ELSEWHERE, INDEX, image, place
+from qmpsnap.store.filling import INDEX, image, place
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
 from qmpsnap.store.layout import GOING, LocalRoot
@@ -210,10 +210,14 @@ def _pages(descriptor: int, start: int, end: int) -> int:
 
 
 def _remove(folder: Path) -> None:
+    _end(_aside(folder))
+
+
+def _aside(folder: Path) -> Path:
     # gone in one step: a QEMU before 8.2 makes an empty file where it finds a folder and no image
     aside = folder.with_name(folder.name + GOING)
     folder.rename(aside)
-    _end(aside)
+    return aside
 
 
 def _end(folder: Path) -> None:
@@ -228,13 +232,14 @@ def _going(root: LocalRoot, vm: str) -> list[Path]:
 
 def _only_index(folder: Path) -> bool:
     """Whether anything else was there."""
-    gone = (folder / ELSEWHERE).is_symlink()
-    pageplace.ended(folder)
-    for path in folder.iterdir():
-        if path.name not in (INDEX, NOTE):
-            path.unlink()
-            gone = True
-    return gone
+    if all(path.name in {INDEX, NOTE} for path in folder.iterdir()):
+        return False
+    aside = _aside(folder)
+    folder.mkdir(0o700)
+    for name in (INDEX, NOTE):  # without the note it is no more than a run that was cut off
+        (aside / name).rename(folder / name)
+    _end(aside)
+    return True
 
 
 def _folders(root: LocalRoot, vm: str) -> list[Path]:
