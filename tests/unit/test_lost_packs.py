@@ -202,6 +202,9 @@ def test_a_note_that_cannot_be_read_is_none(host):
     assert hurt.packs(host.local, "web") == {"ab" * 32}
     host.local.hurt("web").write_text("{")
     assert hurt.packs(host.local, "web") == set()
+    for _ in range(2):
+        hurt.forget(host.local, "web")
+    assert not host.local.hurt("web").exists()
 
 
 async def test_who_lends(host, tmp_path):
