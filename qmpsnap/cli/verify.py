@@ -11,7 +11,9 @@ from qmpsnap.cli.target import Call, duration, snapshot
 from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
+    from qmpsnap.cli.render import Output
     from qmpsnap.engine.boot import Boot
+    from qmpsnap.engine.verify import Verified
 
 _WITHIN = "60s"
 
@@ -19,6 +21,7 @@ EPILOG = """\b
 Examples:
   qmpsnap verify web
   qmpsnap verify web 20261122T165057123Z --json
+  qmpsnap verify web --all
   qmpsnap verify web --boot
   qmpsnap verify web --boot --cold --boot-within 3m
 
@@ -34,6 +37,15 @@ async def verify(
     vm: options.Vm,
     id: options.Id = "latest",
     *,
+    all_: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="All snapshots of the VM, oldest first; a pack of RAM that several need is read "
+            "once. Default: one.",
+            show_default=False,
+        ),
+    ] = False,
     boot: Annotated[
         bool,
         typer.Option(
@@ -71,11 +83,14 @@ async def verify(
         ),
     ] = None,
 ) -> None:
-    """Read and check all of one snapshot: digests, chains of disk images, and the pair.
+    """Read and check all of a snapshot: digests, chains of disk images, and the pair.
 
     A VM that runs is asked, too, whether its dirty bitmaps match: what its next copy would be.
     """
+    from contextlib import aclosing
+
     from qmpsnap.engine.boot import Trial
+    from qmpsnap.engine.verify import Verified
     from qmpsnap.errors import DamagedData, UsageError
 
     machine = call.machine(vm, reach=False)
@@ -85,25 +100,43 @@ async def verify(
         trial = Trial(cold=cold, within=within, revision=revision)
     elif cold or boot_within is not None or revision is not None:
         raise UsageError("--cold, --boot-within and --revision are about --boot")
+    if all_ and (boot or id != "latest"):
+        raise UsageError("--all is about all snapshots, and without --boot")
     call.out.expect_progress()
-    found = await call.engine().verify(vm, snapshot(id), trial=trial, machine=machine)
-    out = call.out
+    engine, damaged = call.engine(), list[Verified]()
+    if all_:
+        async with aclosing(engine.verify_all(vm, machine=machine)) as each:
+            async for found in each:
+                _show(call.out, found)
+                damaged += [found] if found.findings else []
+    else:
+        found = await engine.verify(vm, snapshot(id), trial=trial, machine=machine)
+        _show(call.out, found)
+        damaged += [found] if found.findings else []
+    if damaged:
+        raise DamagedData(
+            "; ".join(map(_counted, damaged)),
+            hint=next((one.hint for one in damaged if one.hint), ""),
+        )
+
+
+def _show(out: Output, found: Verified) -> None:
     if out.json:
         out.record(found)
-    else:
-        if not found.findings:
-            out.line(f"{found.vm} {found.id}: {found.state}, all is well")
-        if found.boot is not None and not found.boot.problem:
-            out.line(_seen(found.boot))
-        for one in found.next:
-            out.line(f"the next copy of {one.disk}: {one.level} ({one.why})")
-        if found.findings:
-            out.table(("WHERE", "WHAT"), [[it.where, it.what] for it in found.findings])
+        return
+    if not found.findings:
+        out.line(f"{found.vm} {found.id}: {found.state}, all is well")
+    if found.boot is not None and not found.boot.problem:
+        out.line(_seen(found.boot))
+    for one in found.next:
+        out.line(f"the next copy of {one.disk}: {one.level} ({one.why})")
     if found.findings:
-        count = len(found.findings)
-        raise DamagedData(
-            f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}", hint=found.hint
-        )
+        out.table(("WHERE", "WHAT"), [[it.where, it.what] for it in found.findings])
+
+
+def _counted(found: Verified) -> str:
+    count = len(found.findings)
+    return f"{found.vm} {found.id}: {count} finding{'s' if count > 1 else ''}"
 
 
 def _seen(boot: Boot) -> str:

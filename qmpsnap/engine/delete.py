@@ -30,7 +30,7 @@ from qmpsnap.errors import (
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.hypervisor.monitor import Monitor, connect
-from qmpsnap.store import pages, shared
+from qmpsnap.store import hurt, pages, shared
 from qmpsnap.store.files import sync_folder
 from qmpsnap.store.layout import KEPT, STORAGE
 from qmpsnap.store.points import read as read_points
@@ -163,6 +163,7 @@ def _removed_local(roots: Roots, vm: str, id: str) -> None:
             shared.sweep_local(roots.local, vm)
         else:
             shared.forget(roots.local, vm)
+            hurt.forget(roots.local, vm)
     except OSError as failed:
         raise LocalFailed(f"{failed.filename}: {failed.strerror}") from failed
 

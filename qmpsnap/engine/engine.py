@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.reader import Reader, silent
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.verify import Verified
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
 from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
 from qmpsnap.host import lock
@@ -114,6 +115,15 @@ class Engine(Reader):
         asked whether its bitmaps match the newest copies.
         """
         return await verify.verify(self.roots, vm, word, self._report, trial, machine)
+
+    def verify_all(
+        self, vm: str, *, machine: Machine | None = None
+    ) -> AsyncGenerator[Verified, None]:
+        """As `verify`, each snapshot of *vm*, oldest first; a pack of RAM is read once.
+
+        Raises SnapshotUnknown when there is none. Close it (`contextlib.aclosing`) to end early.
+        """
+        return verify.verify_all(self.roots, vm, self._report, machine)
 
     async def check(
         self, vm: str, wish: restore.Restoration, word: str = listing.LATEST

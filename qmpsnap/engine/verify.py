@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Set
+from collections.abc import AsyncGenerator, Set
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import boot, chains, info
+from qmpsnap.engine import boot, chains, info, listing
 from qmpsnap.engine.boot import Boot, Trial
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.chains import Finding
 from qmpsnap.engine.half import Pair, open_pair
-from qmpsnap.engine.listing import find
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
@@ -24,6 +24,7 @@ from qmpsnap.errors import (
     MonitorAbsent,
     MonitorBusy,
     SnapError,
+    SnapshotUnknown,
     StoreError,
     VmBusy,
     VmUnknown,
@@ -87,7 +88,7 @@ async def verify(
     What is wrong comes back as findings; raises only when it cannot be looked at: StoreError,
     LocalFailed, and Refused for a *trial* that this host or this snapshot does not allow.
     """
-    entry = await find(roots, vm, word)
+    entry = await listing.find(roots, vm, word)
 
     def tell(done: int, total: int) -> None:
         report("verifying", done, total)
@@ -124,6 +125,23 @@ async def verify(
         boot=seen,
         next=await _next(roots, machine),
     )
+
+
+async def verify_all(
+    roots: Roots, vm: str, report: Report, machine: Machine | None = None
+) -> AsyncGenerator[Verified, None]:
+    """As `verify`, for each snapshot of *vm*, oldest first; a pack that several need is read once.
+
+    A *machine* is asked when the newest is looked at. Raises SnapshotUnknown when there is none.
+    """
+    entries = await listing.entries(roots, vm)
+    if not entries:
+        raise SnapshotUnknown(f"{vm} has no snapshot")
+    async with roots.store.lasting() as store:
+        lasting = replace(roots, store=store)
+        for entry in entries:
+            asked = machine if entry == entries[-1] else None
+            yield await verify(lasting, vm, entry.id, report, machine=asked)
 
 
 async def _next(roots: Roots, machine: Machine | None) -> list[Next]:

@@ -42,6 +42,7 @@ from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
+from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.shelf import Shelf
 from qmpsnap.store.sources import Sources
@@ -100,8 +101,13 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
     return wire.Listing(found=found, foreign=foreign)
 
 
-def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wire.Problem]:
-    """Read all of a store half, and name each file that is not as it was sealed."""
+def verify(
+    root: StoreRoot, request: wire.Verify, progress: Progress, checked: Checked | None = None
+) -> list[wire.Problem]:
+    """Read all of a store half, and name each file that is not as it was sealed.
+
+    Packs that *checked* has read for another snapshot are not read again.
+    """
     folder = root.snapshot(request.vm, request.id)
     try:
         _, manifest = _sealed(root, request)
@@ -116,7 +122,7 @@ def verify(root: StoreRoot, request: wire.Verify, progress: Progress) -> list[wi
     if manifest.ram.index is not None:
         with _shelf(root, request, None) as shelf:
             index = folder / manifest.ram.index
-            problems += ramhalf.verify(manifest, index, shelf, progress)
+            problems += ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
     listed = {MANIFEST, *(entry.name for entry in manifest.files)}
     extra = sorted(set(_walk(folder, folder)) - listed)
     return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
@@ -250,15 +256,20 @@ def _sources(root: StoreRoot, request: wire.Fill) -> tuple[Index, Shelf]:
     return index, _shelf(root, request, request.shared, manifest)
 
 
-def packs(root: StoreRoot, request: wire.Packs, progress: Progress) -> list[wire.Problem]:
-    """What is wrong with the RAM of a half that is in the spool yet. Raises LocalFailed."""
+def packs(
+    root: StoreRoot, request: wire.Packs, progress: Progress, checked: Checked | None = None
+) -> list[wire.Problem]:
+    """What is wrong with the RAM of a half that is in the spool yet; *checked* as for `verify`.
+
+    Raises LocalFailed.
+    """
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
     with _shelf(root, request, request.shared, manifest) as shelf:
         found = ramhalf.sizes(manifest, shelf)
         if request.whole:
             index = spool / str(manifest.ram.index)
-            found = ramhalf.verify(manifest, index, shelf, progress)
+            found = ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
     return found
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from qmpsnap.errors import LocalFailed
 from qmpsnap.spelling import encode
-from qmpsnap.store.files import make_folders, read_small, replace
+from qmpsnap.store.files import make_folders, read_small, replace, told
 from qmpsnap.store.layout import LocalRoot
 
 
@@ -42,6 +42,12 @@ def seen(root: LocalRoot, vm: str, hurt: Collection[str], whole: Collection[str]
     if now != before:
         make_folders(root.vm(vm), root.path, side=LocalFailed)
         replace(root.hurt(vm), encode(Hurt(packs=sorted(now))), side=LocalFailed)
+
+
+def forget(root: LocalRoot, vm: str) -> None:
+    """No snapshot of *vm* is left. Raises LocalFailed."""
+    with told(root.hurt(vm), LocalFailed):
+        root.hurt(vm).unlink(missing_ok=True)
 
 
 def schemas() -> dict[str, dict[str, object]]:

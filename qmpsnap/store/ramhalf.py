@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from qmpsnap.errors import (
     UsageError,
 )
 from qmpsnap.store import lending, moved, ramindex, remaking, shared, wire
-from qmpsnap.store.files import Progress, Side, expect, expect_size
+from qmpsnap.store.files import Progress, Side, expect_size
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack
+from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.rampack import table
+from qmpsnap.store.rampack import Frame, table
 from qmpsnap.store.shelf import Shelf, whereabouts
 
 _PIECE = 32  # chunks that are read at a time
@@ -187,13 +188,18 @@ def sizes(manifest: Manifest, shelf: Shelf) -> list[wire.Problem]:
     return [wire.Problem(file=name, what=str(odd)) for name, odd in troubles(manifest, shelf)]
 
 
-def verify(manifest: Manifest, path: Path, shelf: Shelf, progress: Progress) -> list[wire.Problem]:
-    """Read all packs, and all chunks that the index *path* names: what is wrong, by pack."""
+def verify(
+    manifest: Manifest, path: Path, shelf: Shelf, progress: Progress, checked: Checked
+) -> list[wire.Problem]:
+    """Read all packs, and see that the index *path* leads to chunks: what is wrong, by pack.
+
+    Packs that *checked* has read are not read again; but chunks in those that are damaged are.
+    """
     found: dict[str, str] = {}
     for pack in manifest.packs:
         try:
             lying = shelf.pack(Named(blake3=pack.blake3, bytes=pack.bytes))
-            expect(lying.path, lying.entry, side=lying.side, on_progress=progress)
+            checked.check(lying, progress)
         except (DamagedData, StoreError, LocalFailed) as failed:
             found[pack.entry.name] = str(failed)
     try:
@@ -201,7 +207,8 @@ def verify(manifest: Manifest, path: Path, shelf: Shelf, progress: Progress) -> 
     except (DamagedData, StoreError) as failed:
         found.setdefault(str(manifest.ram.index), str(failed))
     else:
-        for named, lost in _lost(index, shelf, progress).items():
+        doubtful = _doubtful(index, shelf, found)
+        for named, lost in _lost(index, doubtful, shelf, progress).items():
             name = f"shared/{named}"
             places = in_words([whereabouts(index, row) for row in lost])
             why = found.get(name, f"{name}: its digest is right, not so what the index says")
@@ -209,10 +216,33 @@ def verify(manifest: Manifest, path: Path, shelf: Shelf, progress: Progress) -> 
     return [wire.Problem(file=name, what=what) for name, what in found.items()]
 
 
-def _lost(index: Index, shelf: Shelf, progress: Progress) -> dict[str, list[int]]:
-    """The rows of the chunks that cannot be had, by the pack that the index names."""
+def _doubtful(index: Index, shelf: Shelf, wrong: Container[str]) -> list[int]:
+    """The rows that are not where the table of a whole pack has this chunk."""
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(index.pack_numbers):
+        rows.setdefault(number, []).append(row)
+    found = []
+    for number, named in enumerate(index.packs):
+        frames: Mapping[bytes, Frame] = {}
+        moved_here = False
+        if f"shared/{named.blake3}" not in wrong:
+            lying = shelf.pack(named)
+            moved_here = lying.table is not None
+            frames = lying.table or table(lying.path, side=lying.side)
+        for row in rows.get(number, ()):
+            frame = frames.get(index.digest(row))
+            place = index.offsets[row], index.lengths[row]
+            if frame is None or not (moved_here or frame[:2] == place):
+                found.append(row)
+    return found
+
+
+def _lost(
+    index: Index, wanted: Sequence[int], shelf: Shelf, progress: Progress
+) -> dict[str, list[int]]:
+    """Those of the rows *wanted* whose chunks cannot be had, by the pack that the index names."""
     found: dict[str, list[int]] = {}
-    rows = sorted(range(len(index)), key=lambda row: (index.pack_numbers[row], index.offsets[row]))
+    rows = sorted(wanted, key=lambda row: (index.pack_numbers[row], index.offsets[row]))
     for at in range(0, len(rows), _PIECE):
         for row in _unread(index, shelf, rows[at : at + _PIECE]):
             found.setdefault(index.pack(row).blake3, []).append(row)

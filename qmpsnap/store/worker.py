@@ -21,11 +21,12 @@ from qmpsnap.host.filesystem import Filesystem, examine
 from qmpsnap.store import half, wire
 from qmpsnap.store.files import told
 from qmpsnap.store.layout import StoreRoot
+from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.sources import Sources
 
 _TELL_EVERY = 0.1  # seconds
 _PROBE = ".qmpsnap-probe"
-_sources = Sources()
+_sources, _checked = Sources(), Checked()
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
             _same_device(root, request.device)
             return half.ship(root, request, _progress)
         case wire.Verify():
-            return half.verify(root, request, _progress)
+            return half.verify(root, request, _progress, _checked)
         case wire.Glance():
             return half.glance(root, request, _progress)
         case wire.Read():
@@ -76,7 +77,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Fill():
             return half.fill(root, request, _progress, _sources)
         case wire.Packs():
-            return half.packs(root, request, _progress)
+            return half.packs(root, request, _progress, _checked)
         case wire.Lost(vm=vm, packs=packs):
             return half.lost(root, vm, packs, _progress)
 

@@ -162,6 +162,7 @@ async def test_an_id_that_cannot_be(program: Program, verb: str, id: str) -> Non
         ["--pause", ""],
         ["--ram", "all"],
         ["--level", "best"],
+        ["--ram-from", "../up"],
         ["--quiesce", "maybe"],
         ["--nosuch"],
         ["another-vm"],

@@ -105,6 +105,10 @@ async def test_the_whole_job(program: Program, qemu72: Path) -> None:
     assert bad.code == 7
     assert shaped("verify", bad.record)["findings"]
     assert shaped("error", {"error": bad.error})
+    both = await program.run("verify", "web", "--all", *program.roots, "--json")
+    assert [shaped("verify", one)["findings"] == [] for one in both.records] == [False, True]
+    assert (both.code, both.records[0]["id"]) == (7, made["id"])
+    assert (await program.run("verify", "web", "--all", "--boot", *program.roots)).code == 2
     assert "1 finding" in (await program.run("verify", "web", made["id"], *program.roots)).err
 
     last = await program.ok("delete", "web", "latest", *program.roots, "--json")

@@ -29,6 +29,7 @@ def test_all_keys(file: Path) -> None:
         [vm.web]
         socket = "/run/web.sock"
         agent_socket = "~/agent.sock"
+        ram_from = ["golden", "mail.example"]
         [vm."mail.example"]
         socket = "mail.sock"
         """
@@ -42,6 +43,7 @@ def test_all_keys(file: Path) -> None:
     assert (found.ram_images, found.ram_images_in) == (3, file.parent / "images")
     assert found.vms["web"].socket == Path("/run/web.sock")
     assert found.vms["web"].agent_socket == file.parent / "home/agent.sock"
+    assert found.vms["web"].ram_from == ("golden", "mail.example")
     assert found.vms["mail.example"] == config.Vm(socket=file.parent / "mail.sock")
 
 
@@ -77,6 +79,8 @@ def test_the_first_file_there_is(file: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("[vm.web]\nsocket = true", "vm.web.socket: expected `str`, got `bool`"),
         ('[vm.web]\nsoket = "x"', "unknown key `vm.web.soket`"),
         ('[vm."../up"]\nsocket = "x"', "vm.../up: not a name for a VM"),
+        ('[vm.web]\nsocket = "x"\nram_from = "y"', "ram_from: expected `array`, got `str`"),
+        ('[vm.web]\nsocket = "x"\nram_from = ["../up"]', "not a name for a VM: '../up'"),
     ],
 )
 def test_mistakes_name_file_and_key(file: Path, text: str, told: str) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import aclosing
 
 import pytest
 
 from qmpsnap.engine import ramknown, ramstore, verify
-from qmpsnap.engine.half import Pair
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.ship import ship, ship_waiting
-from qmpsnap.errors import NotShipped
-from qmpsnap.store import hurt, local, pages
-from qmpsnap.store.local import read_storage
+from qmpsnap.errors import NotShipped, SnapshotUnknown
+from qmpsnap.store import half, hurt, pages, wire
 from qmpsnap.store.manifest import Manifest
+from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.remote import Store
 from tests.rig.halves import names
 from tests.rig.ram import page
@@ -156,11 +156,33 @@ async def test_a_store_that_is_not_there_loses_nothing(host):
     assert await host.known_now("web2") == ([{pack}], [])
 
 
-def pair_of(host: Host, made: Manifest, id: str) -> Pair:
-    seal = local.read_paired(host.local, "web", id)
-    assert seal is not None
-    half = read_storage(host.local, "web", id)
-    return Pair(host.roots(), "web", id, half, made, seal.manifest_blake3, spooled=False)
+async def test_all_of_a_vm_read_each_pack_once(host):
+    packs = set[str]()
+    for step, id in enumerate(IDS[:4]):
+        made = host.taken(id, IMAGE | {60: page(step)}, *IDS[max(0, step - 1) : step])
+        packs |= {one.blake3 for one in made.packs}
+        await ship(host.roots(), "web", id, silent)
+    heard: list[str] = []
+
+    def tell(done: int, total: int, what: str) -> None:
+        if done == total and what.removeprefix("reading ") in packs:
+            heard.append(what)
+
+    checked = Checked()
+    for id in IDS[:4]:
+        request = wire.Verify(root=str(host.store.path), vm="web", id=id, seal=None)
+        assert half.verify(host.store, request, tell, checked) == []
+    assert sorted(heard) == sorted(f"reading {one}" for one in packs)
+    found = [one async for one in verify.verify_all(host.roots(), "web", silent)]
+    assert [one.id for one in found] == IDS[:4]
+    assert not any(it.where.startswith("shared") for one in found for it in one.findings)
+    # what is damaged is told for each, with what it has lost of it
+    spoil(host.store.shared("web") / made.packs[0].blake3)
+    async with aclosing(verify.verify_all(host.roots(), "web", silent)) as each:
+        told = [[it.what for it in one.findings] async for one in each]
+    assert all(any("1 chunks are lost" in what for what in one) for one in told)
+    with pytest.raises(SnapshotUnknown):
+        await anext(verify.verify_all(host.roots(), "nobody", silent))
 
 
 async def test_verify_remembers_what_is_damaged(host):
@@ -202,6 +224,9 @@ def test_a_note_that_cannot_be_read_is_none(host):
     assert hurt.packs(host.local, "web") == {"ab" * 32}
     host.local.hurt("web").write_text("{")
     assert hurt.packs(host.local, "web") == set()
+    for _ in range(2):
+        hurt.forget(host.local, "web")
+    assert not host.local.hurt("web").exists()
 
 
 async def test_who_lends(host, tmp_path):
