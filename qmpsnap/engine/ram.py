@@ -15,7 +15,7 @@ from qmpsnap.units import in_bytes
 _NO_RAM = "`--ram none` leaves the RAM out"
 _NOT_MAPPED = (
     "`--ram live` does not need it; a machine restored with --eager, or from page images in memory "
-    "(`ram_images_in` of the configuration), can be saved in the background"
+    "(`--ram-in`, `ram_images_in`), can be saved in the background"
 )
 _OF_MEMORY = "guest memory configuration"  # what QEMU 7.2 to 11.1 say of files on a disk
 
