@@ -43,6 +43,7 @@ async def restore(
     to: given.To,
     cold: given.Cold = False,
     eager: given.Eager = False,
+    ram_in: given.RamIn = None,
     revision: given.Revision = None,
     standalone: given.Standalone = False,
     check: given.Check = False,
@@ -93,9 +94,12 @@ async def restore(
         limits=choice("--limits", Choice, limits),
         eager=eager,
         limits_parent=limits_parent,
+        ram_in=ram_in.absolute() if ram_in else None,
     )
     if eager and cold:
         raise UsageError("--eager loads the RAM, and --cold goes without it: give one of them")
+    if ram_in is not None and (eager or cold):
+        raise UsageError("--ram-in maps the RAM, which --eager and --cold do not: give one of them")
     if clones is None and keep_macs:
         raise UsageError("--keep-macs: there are no clones", hint="with --clones N")
     if clones is not None and qmp_socket is not None:

@@ -32,6 +32,15 @@ Eager = Annotated[
         show_default=False,
     ),
 ]
+RamIn = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder, empty or not there yet, into which the pages of the RAM are put before the "
+        "guest runs, to be mapped from there. Default: from where they are kept, else on demand.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     int | None,
     typer.Option(

@@ -117,7 +117,8 @@ async def cloned(
     try:
         clones = list(await asyncio.gather(*up))
         if not any(one.ready.memory.way is Way.MAPPED for one in these):
-            await asyncio.to_thread(shutil.rmtree, folder / _PAGES, ignore_errors=True)
+            made = these[0].ready.wish.ram_in or folder / _PAGES
+            await asyncio.to_thread(shutil.rmtree, made, ignore_errors=True)
     except BaseException:
         await finish(_ended(lives), within=90)
         await finish(asyncio.to_thread(_unmade, folder, [one.ready for one in these]), within=60)
@@ -238,6 +239,6 @@ def _unmade(folder: Path, made: Sequence[Ready]) -> None:
     """*folder* is empty, as it was when we came: all in it is ours."""
     for ready in made:
         if ready.wish.to.is_dir():
-            restore.unmade(ready.pair, ready.wish.to)
+            restore.unmade(ready)
     for path in folder.iterdir():
         shutil.rmtree(path)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import msgspec
 
 from qmpsnap.engine import (
     bootfiles,
@@ -22,119 +19,28 @@ from qmpsnap.engine import (
     tpm,
     usage,
 )
+from qmpsnap.engine.assessed import Assessed
+from qmpsnap.engine.assessed import Fitness as Fitness
 from qmpsnap.engine.blueprint import Blueprint, with_memory
 from qmpsnap.engine.comparison import Captured, compare
 from qmpsnap.engine.confined import Wanted
-from qmpsnap.engine.half import Glanced, Pair, open_pair
-from qmpsnap.engine.limiting import Choice, Limit
+from qmpsnap.engine.half import Glanced, open_pair
+from qmpsnap.engine.limiting import Choice
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE, USAGE
 from qmpsnap.engine.usage import Usage
-from qmpsnap.engine.verdict import Row, row
+from qmpsnap.engine.verdict import row
 from qmpsnap.errors import (
-    Blocked,
     DamagedData,
     HalfMissing,
     LocalFailed,
-    Refused,
-    SnapError,
-    UsageError,
 )
 from qmpsnap.store.manifest import Image, Shared
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 from qmpsnap.units import in_bytes
-
-
-class Fitness(msgspec.Struct, frozen=True, kw_only=True):
-    """What `restore --check` says. *fits*: nothing blocks. *notices*: what the restored machine
-    will not have as the captured one had it. *qemu*: the binary that would be started. *limits*:
-    those that were captured, or that are suggested, and which of them would be set.
-    """
-
-    id: str
-    vm: str
-    revision: int
-    cold: bool
-    standalone: bool
-    to: str
-    qemu: str | None
-    fits: bool
-    rows: list[Row]
-    notices: list[str]
-    limits: list[Limit] = []
-
-
-@dataclass(slots=True)
-class Assessed:
-    """The rows, and what raised those that were refusals of their own."""
-
-    pair: Pair
-    wish: Restoration
-    rows: list[Row] = field(default_factory=list)
-    errors: list[SnapError] = field(default_factory=list)
-    _ready: Ready | None = None
-    _blueprint: Blueprint | None = None
-
-    def shown(self) -> Fitness:
-        ready = self._ready
-        return Fitness(
-            id=self.pair.id,
-            vm=self.pair.vm,
-            revision=self.pair.storage.revision,
-            cold=self.wish.cold,
-            standalone=self.wish.standalone,
-            to=str(self.wish.to),
-            qemu=ready.relocated.cmdline.binary if ready else None,
-            fits=not self.blocking,
-            rows=self.rows,
-            notices=ready.notices if ready else [],
-            limits=ready.limits if ready else [],
-        )
-
-    def ready(self) -> Ready:
-        """What may be started. Raises the first error, or Blocked with all that blocks."""
-        if self.errors:
-            raise self.errors[0]
-        if self.blocking or self._ready is None:
-            told = "; ".join(f"{row.what}: {row.why}" for row in self.blocking)
-            raise Blocked(
-                f"{self.pair.vm} {self.pair.id} cannot come back here: {told}",
-                hint="`qmpsnap restore --check` shows all that was compared",
-            )
-        warnings = [f"{row.what}: {row.why}" for row in self.rows if row.verdict == "differs"]
-        return replace(self._ready, warnings=warnings)
-
-    def another(self, wish: Restoration) -> Ready:
-        """What may be started besides, in the folder of *wish*, which is as the first one else.
-
-        Page images that the first one has to make are there by then. Raises as `ready` does.
-        """
-        first = self.ready()
-        assert self._blueprint is not None
-        ready = self._blueprint.another(wish)
-        return replace(ready, warnings=first.warnings, limits=first.limits, site=first.site)
-
-    @property
-    def blocking(self) -> list[Row]:
-        return [row for row in self.rows if row.verdict == "blocks"]
-
-    @contextmanager
-    def row(self, what: str, captured: str, here: str = "as it was") -> Iterator[None]:
-        """A row that is ok, or blocks with what the body raises."""
-        try:
-            yield
-        except (Refused, DamagedData, LocalFailed, UsageError) as odd:
-            self.errors.append(odd)
-            blocked = Row(what=what, captured=captured, here="-", verdict="blocks", why=str(odd))
-            self.rows.append(blocked)
-        else:
-            self.rows.append(Row(what=what, captured=captured, here=here, verdict="ok"))
-
-    def differs(self, what: str, why: str) -> None:
-        self.rows.append(Row(what=what, captured="-", here="-", verdict="differs", why=why))
 
 
 async def check(roots: Roots, vm: str, word: str, wish: Restoration) -> Fitness:
@@ -163,6 +69,8 @@ async def _assessed(roots: Roots, vm: str, word: str, wish: Restoration) -> Asse
     chains = await asyncio.to_thread(_chains, found, points)
     with found.row("folder", "-", str(wish.to)):
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
+        if wish.ram_in is not None:
+            await asyncio.to_thread(restoration.refuse_folder, wish.ram_in)
     other = await bootfiles.differing(pair)
     whole = [one.entry.name for one in pair.manifest.shared if one.path in other]
     seen = await pair.glance(MACHINE, USAGE, tpm.NAME, whole=whole)
@@ -206,18 +114,23 @@ async def _compared(
     if ready is None:
         return
     ready, rows = companion.with_tpm(ready, seen)
-    found._ready = ready
+    found.made = ready
     found.rows += rows
     facts = await here.look(ready, machine, chains)
     version = facts.binary.version if facts.binary is not None else "0"
     if not wish.cold:
         memory = await asyncio.to_thread(
-            ramback.chosen, pair, to=wish.to, eager=wish.eager, shared=wish.pages
+            ramback.chosen,
+            pair,
+            to=wish.to,
+            eager=wish.eager,
+            shared=wish.pages,
+            ram_in=wish.ram_in,
         )
-        ready = found._ready = with_memory(ready, memory, machine, version)
+        ready = found.made = with_memory(ready, memory, machine, version)
         found.rows += ramback.rows(ready.memory, pair.manifest.ram)
 
-    found._blueprint = Blueprint(machine, tuple(fetched), seen, version, ready)
+    found.blueprint = Blueprint(machine, tuple(fetched), seen, version, ready)
     within = None
     usages = [used] if used is not None else []
     if wish.limits is Choice.SUGGEST:
@@ -228,7 +141,7 @@ async def _compared(
         within = await confined.look(wanted)
     if within is not None:
         facts = replace(facts, headroom=replace(facts.headroom, ceilings=within.ceilings))
-        found._ready = replace(ready, limits=within.limits, site=within.site)
+        found.made = replace(ready, limits=within.limits, site=within.site)
     host, held = pair.manifest.host, _used(used) if used is not None else None
     found.rows += compare(Captured(machine, ready, held, host), facts)
     if within is not None:

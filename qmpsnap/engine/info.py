@@ -13,6 +13,7 @@ from qmpsnap.engine.copy import private_folder
 from qmpsnap.engine.levels import Chosen, Since, choose
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import plan
+from qmpsnap.engine.ram import no_memory
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, MonitorBusy, SnapError
@@ -252,6 +253,7 @@ def blockers(facts: survey.Survey) -> list[Blocker]:
     except Blocked as refused:
         found.append(Blocker(of="snapshot", why=str(refused)))
     found += [Blocker(of="ram", why=one) for one in (*facts.blocked_reasons, *facts.tied)]
+    found += [Blocker(of="ram", why=one) for one in no_memory(facts)]
     if facts.reconciled is not None:
         found += [Blocker(of="ram", why=one) for one in facts.reconciled.troubles]
     if facts.problem:

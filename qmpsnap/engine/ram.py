@@ -10,11 +10,12 @@ from qmpsnap.errors import Blocked
 from qmpsnap.hypervisor.guest.runstate import RunState
 from qmpsnap.hypervisor.machine.mapping import images
 from qmpsnap.hypervisor.vmstate.session import RamMode
+from qmpsnap.units import in_bytes
 
 _NO_RAM = "`--ram none` leaves the RAM out"
 _NOT_MAPPED = (
     "`--ram live` does not need it; a machine restored with --eager, or from page images in memory "
-    "(`ram_images_in` of the configuration), can be saved in the background"
+    "(`--ram-in`, `ram_images_in`), can be saved in the background"
 )
 _OF_MEMORY = "guest memory configuration"  # what QEMU 7.2 to 11.1 say of files on a disk
 
@@ -33,6 +34,8 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
         raise Blocked(f"QEMU cannot save its state: {reasons}", hint=_NO_RAM)
     if facts.tied:
         raise Blocked(f"the RAM could not be restored later: {'; '.join(facts.tied)}", hint=_NO_RAM)
+    if short := no_memory(facts):
+        raise Blocked(f"saving all RAM would end the guest: {short[0]}", hint=_NO_RAM)
     trouble = background_trouble(facts)
     if facts.state is RunState.PAUSED:
         return _ram_of_paused(facts, asked, trouble)
@@ -66,6 +69,19 @@ def _ram_of_paused(
     if trouble:
         raise Blocked(f"the guest is paused: only background could save it, and {trouble}")
     return (RamMode.BACKGROUND,), "the guest is paused, and stays so"
+
+
+def no_memory(facts: Survey) -> list[str]:
+    """File systems in memory that have no room for all the guest's RAM that lies there.
+
+    To save it is to read it, and QEMU is killed when a page of it cannot be made then.
+    """
+    return [
+        f"{one.place}: {in_bytes(one.untouched_bytes)} of its RAM are not there before they are "
+        f"read, and {in_bytes(one.free_bytes)} are free"
+        for one in facts.untouched
+        if one.untouched_bytes > one.free_bytes
+    ]
 
 
 def _on_disk(facts: Survey) -> list[Path]:

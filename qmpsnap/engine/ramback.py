@@ -53,16 +53,26 @@ class Memory:
     lacking: str = ""
 
 
-def chosen(pair: Pair, *, to: Path, eager: bool, shared: Path | None = None) -> Memory:
+def chosen(
+    pair: Pair,
+    *,
+    to: Path,
+    eager: bool,
+    shared: Path | None = None,
+    ram_in: Path | None = None,
+) -> Memory:
     """How the RAM of *pair* comes back into a machine in *to*, if its memory can be mapped.
 
     *eager*: all of it is loaded before the guest runs. *shared*: the folder in which images from
-    the store are made, for others to map as well; else they come on demand.
+    the store are made, for others to map as well; else they come on demand. *ram_in*: the folder in
+    which they are made also if they are kept here.
     """
     ram = pair.manifest.ram
     if ram.index is None:
         return Memory()
     folder, lacking = pair.roots.local.ram(pair.vm, pair.id), _lacking(pair)
+    if ram_in is not None:
+        shared, lacking = ram_in, lacking or f"they are wanted in {ram_in}"
     if lacking:
         folder = shared or to / _FOLDER
     at = filling.place(folder)
@@ -128,7 +138,8 @@ async def filled(pair: Pair, memory: Memory, report: Report) -> None:
         await _held(memory)
         return
     log.info("the RAM of %s %s comes from the store: %s", pair.vm, pair.id, memory.lacking)
-    await asyncio.to_thread(memory.folder.mkdir, 0o700)
+    with files.told(memory.folder, LocalFailed):
+        await asyncio.to_thread(memory.folder.mkdir, 0o700, parents=True, exist_ok=True)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
     await _held(memory)

@@ -32,6 +32,7 @@ class Restoration:
     *limits*: those of a control group of its own, made below *limits_parent* (as in
     /proc/PID/cgroup). *eager*: all RAM is loaded before the guest runs. *pages*: the folder
     for page images that come from the store, which others map as well (default: one in *to*).
+    *ram_in*: the folder, empty or not there yet, in which page images are made in any case.
     """
 
     to: Path
@@ -46,6 +47,7 @@ class Restoration:
     eager: bool = False
     limits_parent: str | None = None
     pages: Path | None = None
+    ram_in: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

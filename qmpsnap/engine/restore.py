@@ -84,7 +84,7 @@ async def built(ready: Ready, report: Report) -> Ready:
         await companion.placed(ready)
         await ramback.filled(ready.pair, ready.memory, report)
     except BaseException:
-        await finish(asyncio.to_thread(unmade, ready.pair, wish.to), within=60)
+        await finish(asyncio.to_thread(unmade, ready), within=60)
         raise
     return ready
 
@@ -126,7 +126,7 @@ async def restored(
             yield Restored(ready, machine, process, group.folders if group else (), way)
     except BaseException:
         if not begun:
-            await finish(asyncio.to_thread(unmade, ready.pair, ready.wish.to), within=60)
+            await finish(asyncio.to_thread(unmade, ready), within=60)
         raise
 
 
@@ -214,14 +214,21 @@ def _make_folder(to: Path) -> None:
     refuse_folder(to)
 
 
-def unmade(pair: Pair, to: Path) -> None:
-    """*to* is empty, and the snapshot has no machine in it any more."""
-    for path in to.iterdir():
+def unmade(ready: Ready) -> None:
+    """Its folders are empty, and the snapshot has no machine in them any more."""
+    pair, wish = ready.pair, ready.wish
+    for folder in (wish.to, wish.ram_in):
+        if folder is not None and folder.is_dir():
+            _emptied(folder)
+    dependents.forget(pair.roots.local, pair.vm, pair.id, wish.to)
+
+
+def _emptied(folder: Path) -> None:
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    dependents.forget(pair.roots.local, pair.vm, pair.id, to)
 
 
 def _last_words(log: Path) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from qmpsnap.engine.details import take as take_details
 from qmpsnap.engine.machine import Machine
 from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
-from qmpsnap.host import qemu_img
+from qmpsnap.host import qemu_img, ramfiles
 from qmpsnap.host.process import ProcessFacts
+from qmpsnap.host.ramfiles import Untouched
 from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.block import graph, job
 from qmpsnap.hypervisor.guest import quiesce, runstate
@@ -66,7 +68,7 @@ class Survey:
     """*problem* says why the command line could not be read, if so; *agent_trouble* is empty
     when the agent answered. *reconciled* is None where the command line says all of the machine, or
     is not known. *details*: asked for by whoever records them. *tied*: what keeps a captured state
-    from being loaded into another machine."""
+    from being loaded into another machine. *untouched*: RAM in files that are memory."""
 
     machine: Machine
     state: runstate.RunState
@@ -84,6 +86,7 @@ class Survey:
     reconciled: reconcile.Reconciled | None = None
     details: Details | None = None
     tied: tuple[str, ...] = ()
+    untouched: tuple[Untouched, ...] = ()
 
 
 async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
@@ -119,8 +122,15 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
         agent=agent,
         agent_trouble=await quiesce.is_answering(agent) if agent else "it has no agent socket",
         tied=_tied(attached, now),
+        untouched=await asyncio.to_thread(_untouched, process),
         reconciled=now,
     )
+
+
+def _untouched(process: ProcessFacts | None) -> tuple[Untouched, ...]:
+    with suppress(LocalFailed):  # another user's: nobody can tell
+        return tuple(ramfiles.untouched(process.pid)) if process is not None else ()
+    return ()
 
 
 def _tied(attached: attach.Attached | None, now: reconcile.Reconciled | None) -> tuple[str, ...]:

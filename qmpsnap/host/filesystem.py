@@ -130,6 +130,11 @@ def examine(path: Path) -> Filesystem:
     )
 
 
+def in_memory(path: Path) -> bool:
+    """Whether *path* lies on tmpfs, or is a memfd. Raises OSError."""
+    return _magic(path) == _TMPFS_MAGIC
+
+
 def _magic(path: Path) -> int:
     # statvfs() leaves f_type out; statfs() has it as its first long
     answer = (ctypes.c_long * 64)()

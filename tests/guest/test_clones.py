@@ -158,15 +158,16 @@ async def test_clones_of_their_own_memory_and_of_the_disks(short: Path, store: P
 
 @pytest.mark.timeout(600)
 async def test_clones_that_stay_in_memory(short: Path, store: Path, memory: Path) -> None:
-    """They are detached, their images come from the store, and lie in memory."""
+    """They are detached, their images come from the store, and are put into memory."""
     engine = Engine(short / "local", store, allow_local_store=True)
     async with booted(binary("11.1"), short, disks=devices(short), also="net") as guest:
         await guest.console.run("ip link set dev eth0 up", within=20)
         before = await guest.console.witness(within=60)
         await engine.create(Machine("web", guest.qmp, guest.agent), Wishes(max_pause=60))
     shutil.rmtree(engine.roots.local.ram("web"))
-    planned = await engine.prepare_clones("web", Restoration(memory), 2)
-    image = memory / "ram/0.pages"
+    wish = Restoration(short / "c", ram_in=memory)
+    planned = await engine.prepare_clones("web", wish, 2)
+    image = memory / "0.pages"
     assert image.stat().st_blocks * 512 >= image.stat().st_size  # see ramplace
     pids: list[int] = []
     try:

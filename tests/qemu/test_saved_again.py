@@ -14,7 +14,7 @@ import pytest
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration, Restored
 from qmpsnap.engine.wishes import RamChoice, Wishes
-from qmpsnap.errors import Blocked
+from qmpsnap.errors import Blocked, LocalFailed
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from tests.qemu.test_mapping import COUNTER, MIB, NOISE, VERSIONS, counted, counts_on, seen
@@ -165,13 +165,15 @@ def small(memory: Path) -> Iterator[Path]:
 def filled(folder: Path) -> None:
     """No page is left there."""
     room = os.statvfs(folder)
-    with (folder / "others").open("wb") as file:
+    with (folder / str(room.f_bavail)).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize)
     assert os.statvfs(folder).f_bavail == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-async def test_memory_that_is_full_ends_no_machine(short: Path, store: Path, small: Path) -> None:
+async def test_memory_that_is_full_ends_no_machine(
+    short: Path, store: Path, memory: Path, small: Path
+) -> None:
     """Who reads a hole of a file in memory takes a page, and is killed when there is none."""
     engine = Engine(short / "local", store, allow_local_store=True, ram_images_in=small / "images")
     async with running(binary("11.1"), *written(short), directory=short) as vm:
@@ -188,7 +190,18 @@ async def test_memory_that_is_full_ends_no_machine(short: Path, store: Path, sma
             await counts_on(monitor, await counted(monitor))
             await monitor.execute("stop")
             (now,) = await seen(monitor, [(0, SIZE)], short / "ram")
+    # what does not fit is told before anything starts, and nothing is left of it
+    filled(small)
+    with pytest.raises(LocalFailed):
+        await engine.prepare_restore("web", Restoration(short / "two", ram_in=small / "put"))
+    assert there(small / "put") == there(short / "two") == []
+    ready = await engine.prepare_restore("web", Restoration(short / "two", ram_in=memory / "put"))
+    async with engine.restored(ready) as back:
+        assert back.ram == "mapped"
+        plan = await engine.plan(machine(back), BACKGROUND)
+        assert plan.modes == (RamMode.BACKGROUND,)
     id, image = await kept(engine)
     assert id == second.id
+    assert (memory / "put/0.pages").read_bytes() == image.read_bytes()
     assert image.is_relative_to(short)  # the older one gave way, but is mapped still
     assert differing(image.read_bytes(), now) == set()
