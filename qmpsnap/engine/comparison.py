@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from qmpsnap.engine import likeness
 from qmpsnap.engine.configuration import Configuration
@@ -179,6 +180,8 @@ def _disk_space(captured: Captured, here: Here) -> Row:
     needed = _OVERLAY * (1 + len(sizes) + len(empty))
     needed += here.copied_bytes if ready.wish.standalone else 0
     needed += sum(one.bytes for one in ready.fetched)
+    if ready.memory.lacking and ready.wish.to in (ready.memory.folder or Path()).parents:
+        needed += sum(one.stored_pages << 12 for one in ready.pair.manifest.ram.images)
     was = f"{in_bytes(needed)} written at once, {in_bytes(sum(sizes) + sum(empty))} in all"
     told = f"{in_bytes(here.free_bytes)} free"
     if here.free_bytes < needed:

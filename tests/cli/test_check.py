@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -315,11 +316,18 @@ def small(short: Path) -> Iterator[Path]:
     """A folder on a file system of its own that holds 128 KiB."""
     if os.geteuid() != 0:
         pytest.skip("mounts a file system")
-    path = short / "small"
+    with room(short / "small", "128k") as path:
+        yield path
+
+
+@contextmanager
+def room(path: Path, size: str) -> Iterator[Path]:
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", path], check=True)
-    yield path
-    subprocess.run(["umount", path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 async def test_a_folder_without_room(kept: Kept, small: Path) -> None:
@@ -330,6 +338,15 @@ async def test_a_folder_without_room(kept: Kept, small: Path) -> None:
     with pytest.raises(Blocked, match="disk space"):
         await kept.engine.prepare_restore("web", Restoration(small / "back"), kept.id)
     assert names(small) == []
+
+
+async def test_a_folder_without_room_for_pages(kept: Kept, tmp_path: Path) -> None:
+    """RAM that is not kept here is made there, before the guest runs or while it does."""
+    with room(tmp_path / "room", "640k") as path:
+        assert (await kept.engine.check("web", Restoration(path / "back"), kept.id)).fits
+        shutil.rmtree(kept.spool.parents[1] / "ram")
+        found = await kept.engine.check("web", Restoration(path / "back"), kept.id)
+    assert [row.what for row in found.rows if row.verdict == "blocks"] == ["disk space"]
 
 
 async def test_a_machine_of_a_newer_qmpsnap(kept: Kept) -> None:
