@@ -29,18 +29,20 @@ class Known:
     lent: list[tuple[str, Index]] = field(default_factory=list)
 
 
-async def known(roots: Roots, vm: str, lenders: Sequence[str]) -> Known:
+async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
     """Where chunks lie that need not be stored again: by indexes kept here, else by the store's.
 
     A pack that the store has not any more, or that was damaged when it was last read, is left out:
     what lies there is stored anew. A store that does not answer is asked once: then the VM's own
     packs are taken to be there (shipping finds out), and those of others are not.
 
-    Empty when nobody can tell: all chunks are stored anew then.
+    It is not asked at all where *lenders* is None, as it did not answer before. Empty when nobody
+    can tell: all chunks are stored anew then.
     """
-    found = Known()
+    found, here = Known(), await asyncio.to_thread(_indexes_here, roots, vm)
+    if lenders is None:
+        return Known(here)
     async with roots.store.lasting() as store:
-        here = await asyncio.to_thread(_indexes_here, roots, vm)
         try:
             own = here or await _newest_own(roots, store, vm)
             found.own.extend([await _whole(roots, store, vm, one) for one in own])
