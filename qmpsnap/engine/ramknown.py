@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,14 +89,20 @@ async def _newest_on_store(roots: Roots, store: Store, vm: str) -> list[Index]:
 
 
 async def _whole(roots: Roots, store: Store, vm: str, index: Index) -> Index:
-    """Of *index* what is still there."""
+    """Of *index* what is still there, or on its way."""
     lost = await store.lost(vm, index.packs)
+    lost -= await asyncio.to_thread(_waiting, roots, vm, lost)
     lost |= await asyncio.to_thread(hurt.packs, roots.local, vm)
     lost &= {one.blake3 for one in index.packs}
     if not lost:
         return index
     log.warning("%d packs of the RAM of %s are lost: what lies there is stored anew", len(lost), vm)
     return index.without(lost)
+
+
+def _waiting(roots: Roots, vm: str, packs: Set[str]) -> set[str]:
+    """Those that are here, to be shipped."""
+    return {one for one in packs if (roots.local.shared(vm) / one).is_file()}
 
 
 def _indexes_here(roots: Roots, vm: str, *, paired: bool = False) -> list[Index]:

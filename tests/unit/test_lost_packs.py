@@ -93,6 +93,7 @@ async def test_without_pages_it_waits(host):
     with pytest.raises(NotShipped, match=pack.blake3) as failed:
         await ship(host.roots(), "web", IDS[1], silent)
     assert failed.value.packs == (pack.blake3,)
+    assert "page images" in failed.value.hint
     assert names(host.local.shared("web")) == before
     # a page image that is not what it was is none
     folder = host.local.ram("web", IDS[1])
@@ -134,6 +135,7 @@ async def test_two_that_need_different_parts_of_it(host, aside):
 
 async def test_a_lost_pack_is_not_relied_on(host):
     first = host.taken(IDS[0], IMAGE).packs[0].blake3
+    assert await host.known_now() == ([{first}], [])  # on its way
     await ship(host.roots(), "web", IDS[0], silent)
     second = host.taken(IDS[1], IMAGE | {60: page("x")}, IDS[0]).packs[1].blake3
     await ship(host.roots(), "web", IDS[1], silent)
