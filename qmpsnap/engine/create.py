@@ -152,9 +152,11 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             earlier = await asyncio.to_thread(usage.last, roots.local, machine.name)
             store = judged.store if judged else None
             used = usage.of(machine.name, str(id), before, after, store=store, earlier=earlier)
+            lenders = wishes.ram_from if judged else None
             half, manifest = await _sealed(
-                roots, made, facts, captured, copied, used, wishes, trial, report, boot, held
-            )
+                roots, made, facts, captured, copied, used, wishes.note, trial, report, boot, held,
+                lenders,
+            )  # fmt: skip
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
             raise
@@ -218,11 +220,12 @@ async def _sealed(
     captured: Captured,
     copied: Mapping[str, Copied],
     used: usage.Usage,
-    wishes: Wishes,
+    note: str,
     trial: bool,
     report: Report,
     boot: Sequence[Shared],
     held: tpm.Held | None,
+    lenders: Sequence[str] | None,
 ) -> tuple[Storage, Manifest]:
     folder = roots.local.spool(made.vm, made.id)
     half = await asyncio.to_thread(spool.storage, made, captured, copied)
@@ -235,10 +238,10 @@ async def _sealed(
         half,
         used,
         raw=folder / "stream",
-        note=wishes.note,
+        note=note,
         trial=trial,
         report=report,
-        lenders=wishes.ram_from,
+        lenders=lenders,
         shared=boot,
         held=held,
     )

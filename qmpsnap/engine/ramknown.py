@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,18 +29,20 @@ class Known:
     lent: list[tuple[str, Index]] = field(default_factory=list)
 
 
-async def known(roots: Roots, vm: str, lenders: Sequence[str]) -> Known:
+async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
     """Where chunks lie that need not be stored again: by indexes kept here, else by the store's.
 
     A pack that the store has not any more, or that was damaged when it was last read, is left out:
     what lies there is stored anew. A store that does not answer is asked once: then the VM's own
     packs are taken to be there (shipping finds out), and those of others are not.
 
-    Empty when nobody can tell: all chunks are stored anew then.
+    It is not asked at all where *lenders* is None, as it did not answer before. Empty when nobody
+    can tell: all chunks are stored anew then.
     """
-    found = Known()
+    found, here = Known(), await asyncio.to_thread(_indexes_here, roots, vm)
+    if lenders is None:
+        return Known(here)
     async with roots.store.lasting() as store:
-        here = await asyncio.to_thread(_indexes_here, roots, vm)
         try:
             own = here or await _newest_own(roots, store, vm)
             found.own.extend([await _whole(roots, store, vm, one) for one in own])
@@ -87,14 +89,20 @@ async def _newest_on_store(roots: Roots, store: Store, vm: str) -> list[Index]:
 
 
 async def _whole(roots: Roots, store: Store, vm: str, index: Index) -> Index:
-    """Of *index* what is still there."""
+    """Of *index* what is still there, or on its way."""
     lost = await store.lost(vm, index.packs)
+    lost -= await asyncio.to_thread(_waiting, roots, vm, lost)
     lost |= await asyncio.to_thread(hurt.packs, roots.local, vm)
     lost &= {one.blake3 for one in index.packs}
     if not lost:
         return index
     log.warning("%d packs of the RAM of %s are lost: what lies there is stored anew", len(lost), vm)
     return index.without(lost)
+
+
+def _waiting(roots: Roots, vm: str, packs: Set[str]) -> set[str]:
+    """Those that are here, to be shipped."""
+    return {one for one in packs if (roots.local.shared(vm) / one).is_file()}
 
 
 def _indexes_here(roots: Roots, vm: str, *, paired: bool = False) -> list[Index]:

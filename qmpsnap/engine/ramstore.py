@@ -50,14 +50,14 @@ async def stored(
     folder: Path,
     ram: Ram,
     report: Report,
-    lenders: Sequence[str] = (),
+    lenders: Sequence[str] | None = (),
 ) -> Stored:
     """The stream *raw* becomes what *folder*, a spool, has of it; *raw* goes.
 
     Its pages lie in the VM's folder for them afterwards, not sealed yet, their chunks, as far as
     no earlier snapshot has brought them, in packs that wait to be shipped. A stream that we do not
     know all of is stored whole. Nor is stored again what the newest snapshots of *lenders* have
-    brought, which are other VMs of the store.
+    brought, which are other VMs of the store; None when the store does not answer.
 
     Raises LocalFailed.
     """

@@ -66,7 +66,8 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
             shipped = await sent(judged.device, await _made_again(roots, vm, id, lost, report))
     except SnapError as failed:
         waiting = NotShipped(f"{vm} {id} is captured, but not shipped: {failed}")
-        waiting.packs = failed.packs if isinstance(failed, PacksMissing) else ()
+        if isinstance(failed, PacksMissing):
+            waiting.packs, waiting.hint = failed.packs, failed.hint
         raise waiting from failed
     note = Paired(
         id=id,

@@ -126,7 +126,7 @@ async def build(
     note: str,
     trial: bool,
     report: Report,
-    lenders: Sequence[str] = (),
+    lenders: Sequence[str] | None = (),
     shared: Sequence[Shared] = (),
     held: tpm.Held | None = None,
 ) -> Manifest:

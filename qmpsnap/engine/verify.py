@@ -181,7 +181,7 @@ async def _of_the_pair(pair: Pair, report: Report) -> list[Finding]:
 
 
 async def _of_others(pair: Pair, wrong: Set[str]) -> list[Finding]:
-    """Which other snapshots need the packs that are among the files *wrong*.
+    """Which other snapshots of the store need the packs that are among the files *wrong*.
 
     Those packs are remembered: no later snapshot relies on them.
     """
@@ -196,13 +196,15 @@ async def _of_others(pair: Pair, wrong: Set[str]) -> list[Finding]:
     if not lost:
         return []
     needed: dict[str, list[str]] = {}
-    for one in (await pair.roots.store.catalogue(pair.vm)).found:
-        if one.manifest is None or one.id == pair.id:
+    # a pack may be a link to another VM's, or have one
+    for one in (await pair.roots.store.catalogue()).found:
+        if one.manifest is None or (one.vm, one.id) == (pair.vm, pair.id):
             continue
+        who = one.id if one.vm == pair.vm else f"{one.vm} {one.id}"
         with suppress(DamagedData):
             manifest = decode(one.manifest.encode(), Manifest, Path(one.id))
             for name in (pack.entry.name for pack in manifest.packs if pack.blake3 in lost):
-                needed.setdefault(name, []).append(one.id)
+                needed.setdefault(name, []).append(who)
     return [
         Finding(where=name, what=f"is needed by {', '.join(ids)}, too: `verify` tells what of it")
         for name, ids in needed.items()

@@ -82,7 +82,8 @@ def deliver(
         raise PacksMissing(
             f"RAM that it shares with other snapshots is neither on the store nor here: pack "
             f"{in_words(lost)}",
-            hint="they could not be made again: no page images that are kept here have all of it",
+            hint="no page images that are kept here have all of it: put the packs into shared/ "
+            "from a copy of the store, or delete the snapshot",
             packs=tuple(lost),
         )
     for entry in waiting + [_entry(new) for _, new in replaced]:

@@ -18,6 +18,7 @@ from qmpsnap.errors import (
     DigestMismatch,
     HalfMissing,
     LocalFailed,
+    PacksMissing,
     StoreError,
     StoreRefused,
     StoreStalled,
@@ -31,6 +32,8 @@ from qmpsnap.store.local import mark_paired, survey
 from qmpsnap.store.pack import compress
 from qmpsnap.store.remote import Store
 from tests.rig.halves import FILES, HOST, ID, LATER, RAM, names, paired, spooled
+from tests.rig.ram import page
+from tests.rig.series import IDS, Series
 
 NFS = Path("/mnt/nfs")
 SILENT = [sys.executable, "-c", "import sys; sys.stdin.read()"]
@@ -392,3 +395,33 @@ def test_the_worker_does_not_outlive_us(tmp_path, spool):
         worker.stdin.close()
         assert worker.wait(10) == 1
     os.close(reading)
+
+
+def test_ram_of_another_vm(root: StoreRoot, tmp_path: Path) -> None:
+    """Packs are linked; either may be removed, and what was lost is made again."""
+    for name in ("g", "w"):
+        (tmp_path / name).mkdir()
+    image = {at: page(at) for at in range(48)}
+    golden = Series(tmp_path / "g", "golden", root)
+    golden.spool(IDS[0], image | {60: page("golden")})
+    golden.ship(IDS[0])
+    web = Series(tmp_path / "w", "web", root)
+    lent = [("golden", golden.known[IDS[0]])]
+    made = web.spool(IDS[1], image | {50: page("web")}, lent=lent)
+    web.spool(IDS[2], image | {51: page("web")}, lent=lent)
+    web.ship(IDS[1])
+    (pack,) = (one.blake3 for one in made.packs if one.origin == "golden")
+    path = root.shared("web") / pack
+    assert path.samefile(root.shared("golden") / pack)
+    assert path.stat().st_nlink == 2
+    golden.remove(IDS[0])
+    assert path.stat().st_nlink == 1
+    web.whole(IDS[1])
+    web.remove(IDS[1])
+    path.unlink(missing_ok=True)
+    with pytest.raises(PacksMissing) as lost:
+        web.ship(IDS[2])
+    web.ship(IDS[2], web.remade(IDS[2], lost.value))
+    web.whole(IDS[2])
+    web.remove(IDS[2])
+    assert names(root.vm("web")) == names(root.vm("golden")) == []

@@ -93,6 +93,7 @@ async def test_without_pages_it_waits(host):
     with pytest.raises(NotShipped, match=pack.blake3) as failed:
         await ship(host.roots(), "web", IDS[1], silent)
     assert failed.value.packs == (pack.blake3,)
+    assert "page images" in failed.value.hint
     assert names(host.local.shared("web")) == before
     # a page image that is not what it was is none
     folder = host.local.ram("web", IDS[1])
@@ -134,6 +135,7 @@ async def test_two_that_need_different_parts_of_it(host, aside):
 
 async def test_a_lost_pack_is_not_relied_on(host):
     first = host.taken(IDS[0], IMAGE).packs[0].blake3
+    assert await host.known_now() == ([{first}], [])  # on its way
     await ship(host.roots(), "web", IDS[0], silent)
     second = host.taken(IDS[1], IMAGE | {60: page("x")}, IDS[0]).packs[1].blake3
     await ship(host.roots(), "web", IDS[1], silent)
@@ -151,6 +153,11 @@ async def test_a_lost_pack_is_not_relied_on(host):
 async def test_a_store_that_is_not_there_loses_nothing(host):
     pack = host.taken(IDS[0], IMAGE).packs[0].blake3
     await ship(host.roots(), "web", IDS[0], silent)
+    # one that did not answer before is not asked
+    mute = Roots(host.local, Store(host.store, command=("touch", str(host.path / "asked"))))
+    index = (await ramknown.known(mute, "web", None)).own[0]
+    assert {index.pack(row).blake3 for row in range(len(index))} == {pack}
+    assert not (host.path / "asked").exists()
     host.store.path.rename(host.path / "elsewhere")
     assert await host.known_now() == ([{pack}], [])
     assert await host.known_now("web2") == ([{pack}], [])
@@ -185,7 +192,7 @@ async def test_all_of_a_vm_read_each_pack_once(host):
         await anext(verify.verify_all(host.roots(), "nobody", silent))
 
 
-async def test_verify_remembers_what_is_damaged(host):
+async def test_verify_remembers_what_is_damaged(host, tmp_path):
     made = host.taken(IDS[0], IMAGE)
     pack = made.packs[0].blake3
     await ship(host.roots(), "web", IDS[0], silent)
@@ -194,11 +201,16 @@ async def test_verify_remembers_what_is_damaged(host):
     found = await verify.verify(host.roots(), "web", IDS[0], silent)
     assert not any(one.where.startswith("shared") for one in found.findings)
     assert found.hint == ""
+    # another VM has a link to it
+    (tmp_path / "g").mkdir()
+    golden = Series(tmp_path / "g", "golden", host.store)
+    golden.spool(IDS[4], IMAGE, lent=[("web", host.known[IDS[0]])])
+    golden.ship(IDS[4])
     spoil(host.store.shared("web") / pack)
     found = await verify.verify(host.roots(), "web", IDS[0], silent)
     told = [one.what for one in found.findings if one.where == f"shared/{pack}"]
     assert any("chunks are lost" in one for one in told)
-    assert any(IDS[1] in one for one in told)
+    assert any(f"needed by golden {IDS[4]}, {IDS[1]}, too" in one for one in told)
     assert "create" in found.hint
     assert hurt.packs(host.local, "web") == {pack}
     own, _ = await host.known_now()
