@@ -112,8 +112,8 @@ async def restore(
         bool,
         typer.Option(
             "--detach",
-            help="Return once the guest runs, and leave it running. Default: stay until the "
-            "machine ends; Ctrl-C ends it.",
+            help="Return once the guest runs, and leave it running; its RAM may still come then. "
+            "Default: stay until the machine ends; Ctrl-C ends it.",
             show_default=False,
         ),
     ] = False,
@@ -237,6 +237,8 @@ async def restore(
         return
     async with engine.restored(ready, detach=detach) as back:
         _show(out, back)
+        if back.arriving is not None:
+            out.notice("the machine runs, and its RAM still comes: until that file has gone")
         if not detach:
             out.notice("the machine runs; Ctrl-C ends it")
             await back.process.exited()
@@ -282,6 +284,7 @@ def _show(out: Output, back: Restored) -> None:
             ("restored", f"{shown['id']} of {shown['vm']}{', cold' if shown['cold'] else ''}"),
             ("process", shown["pid"]),
             ("RAM", shown["ram"]),
+            *([("arriving", shown["arriving"])] if shown["arriving"] else []),
             ("folder", shown["to"]),
             ("QMP", shown["qmp"]),
             ("agent", shown["agent"]),
