@@ -190,9 +190,20 @@ async def _on_demand(
     await feeder.loaded()
     await postcopy.paused(monitor)
     feeder.go()
-    await on_running()
-    if not feeder.remaining:
-        await feeder.arrived(tell)
+    arriving = asyncio.create_task(feeder.arrived(tell))
+    running = asyncio.ensure_future(on_running())
+    try:
+        # `cont` itself may wait for a page, and for ever if that is damaged
+        await asyncio.wait({arriving, running}, return_when=asyncio.FIRST_COMPLETED)
+        if arriving.done():
+            arriving.result()
+        await running
+        if not feeder.remaining:
+            await arriving
+    finally:
+        for task in (arriving, running):
+            task.cancel()
+        await asyncio.gather(arriving, running, return_exceptions=True)
 
 
 async def _fed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) -> None:

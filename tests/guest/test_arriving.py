@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qmpsnap import Engine, Machine
@@ -25,8 +26,12 @@ from tests.rig.arriving import bringers, family, gated, gone, killed, seen
 from tests.rig.console import Console, Witness
 from tests.rig.guest import booted
 from tests.rig.qemu import ROOT, binary
+from tests.rig.wire import Witness as Eye
+from tests.rig.wire import witness
 
 pytestmark = pytest.mark.guest
+_MEMORY = 128  # MiB
+_HOLE = (640 << 10, 1 << 20)  # a PC has its screen and its ROMs there
 
 
 @dataclass(slots=True)
@@ -88,6 +93,16 @@ def _same(scene: Scene, *found: Witness) -> None:
     assert all(one.ok and one.nonce == scene.before.nonce for one in found), found
     counts = [one.ram for one in found]
     assert sorted(counts) == counts
+
+
+def _ram(eye: Eye, home: Path) -> bytes:
+    """All RAM as the guest sees it, with zeros for its hole."""
+    found, path = b"", home / "ram"
+    for start, end in ((0, _HOLE[0]), (_HOLE[1], _MEMORY << 20)):
+        eye.ask("pmemsave", val=start, size=end - start, filename=str(path))
+        found = found.ljust(start, b"\0") + path.read_bytes()
+        path.unlink()
+    return found
 
 
 async def _status(back: Restored) -> str:
@@ -200,3 +215,56 @@ async def test_the_engine_may_die_and_the_store_go_away(short: Path, store: Path
     assert scene.traces() != []
     said = await asyncio.to_thread(scene.qmpsnap, "recover", "web")
     assert (said.returncode, scene.traces()) == (0, []), said
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+async def test_every_page_comes_past_a_monitor_that_stands_still(
+    version: str, short: Path, store: Path
+) -> None:
+    """Its main loop waits for a page, and nobody can begin a session with it."""
+    async with booted(binary(version), short, memory=_MEMORY) as guest:
+        engine = Engine(short / "local", store, allow_local_store=True, ram_images=0)
+        with witness(guest.qemu.witness) as eye:
+            eye.ask("stop")
+            await engine.create(Machine("web", guest.qmp), Wishes(max_pause=None))
+            before = _ram(eye, short)
+    scene = Scene(short, store, Witness("", 0, None, None, True))
+    words = np.frombuffer(before, np.uint64)
+    at = int(np.flatnonzero(words[: _HOLE[0] >> 3 << 6])[-1]) << 3
+    async with _detached(scene) as (back, _):
+        assert await _status(back) == "postcopy-active"
+        await killed(scene.local)
+        with witness(back.machine.socket) as eye:
+            look = {"command-line": f"xp /1xg {at}"}
+            looking = asyncio.create_task(
+                asyncio.to_thread(eye.ask, "human-monitor-command", **look)
+            )
+            done, _ = await asyncio.wait([looking], timeout=1)
+            assert not done
+            said = await asyncio.to_thread(scene.qmpsnap, "recover", "web")
+            assert said.returncode == 0, said.stderr
+            assert int((await looking).split()[1], 16) == words[at >> 3]
+            await seen(lambda: scene.traces() == [])
+            assert eye.ask("query-migrate")["status"] == "completed"
+            assert eye.status == "paused"
+            assert _ram(eye, short) == before
+    # the engine itself puts another in the place of one that is killed
+    async with asyncio.TaskGroup() as group:
+        scene.gate.unlink(missing_ok=True)
+        engine = scene.engine()
+        ready = await engine.prepare_restore("web", Restoration(short / "to2"))
+        killing = group.create_task(_killed_once(scene))
+        async with engine.restored(ready) as again:
+            assert killing.done()
+            with witness(again.machine.socket) as eye:
+                assert _ram(eye, short) == before
+    assert scene.traces() == []
+
+
+async def _killed_once(scene: Scene) -> None:
+    """Who brings RAM is killed once the guest has been let run; then all may come."""
+    status = scene.home / "to2" / STATUS
+    await seen(lambda: status.exists() and json.loads(status.read_text())["done_bytes"])
+    await killed(scene.local)
+    scene.gate.touch()
