@@ -22,6 +22,7 @@ from qmpsnap.engine.restore import Restoration, Restored
 from qmpsnap.engine.wishes import Wishes
 from qmpsnap.errors import VmBusy
 from qmpsnap.hypervisor.monitor import connect
+from tests.guest.test_damage import flipped, harmed
 from tests.rig.arriving import bringers, family, gated, gone, killed, seen
 from tests.rig.console import Console, Witness
 from tests.rig.guest import booted
@@ -89,10 +90,21 @@ async def _detached(scene: Scene, name: str = "to") -> AsyncIterator[tuple[Resto
         os.kill(back.process.pid, signal.SIGKILL)
 
 
+async def _entered(scene: Scene, to: Path) -> None:
+    engine = scene.engine()
+    ready = await engine.prepare_restore("web", Restoration(to))
+    async with engine.restored(ready):
+        raise AssertionError("all of it has come")
+
+
 def _same(scene: Scene, *found: Witness) -> None:
     assert all(one.ok and one.nonce == scene.before.nonce for one in found), found
     counts = [one.ram for one in found]
     assert sorted(counts) == counts
+
+
+def _largest(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda path: path.stat().st_size)
 
 
 def _ram(eye: Eye, home: Path) -> bytes:
@@ -152,6 +164,7 @@ import asyncio, json, os, signal, sys
 from pathlib import Path
 from qmpsnap import Engine
 from qmpsnap.engine import restore
+from tests.guest.test_damage import flipped, harmed
 from tests.rig.arriving import gated
 
 let_run = restore.runstate.let_run
@@ -209,6 +222,16 @@ async def test_the_engine_may_die_and_the_store_go_away(short: Path, store: Path
         assert scene.traces() != []
     await gone(kin)
     assert scene.traces() == []
+    # so does a restore that is called off, which leaves nothing at all
+    restoring = asyncio.create_task(_entered(scene, scene.home / "to4"))
+    await seen(lambda: (scene.home / "to4" / STATUS).exists())
+    kin = [one for pid in bringers(scene.local) for one in family(pid)]
+    restoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await restoring
+    await gone(kin)
+    assert len(kin) > 1
+    assert [*scene.traces(), *(scene.home / "to4").iterdir()] == []
     # and one whose bringer had been killed leaves what `recover` removes
     async with _detached(scene, "to3"):
         await killed(scene.local)
@@ -248,6 +271,25 @@ async def test_every_page_comes_past_a_monitor_that_stands_still(
             await seen(lambda: scene.traces() == [])
             assert eye.ask("query-migrate")["status"] == "completed"
             assert eye.status == "paused"
+            assert _ram(eye, short) == before
+    # damage is no reason to end a guest that runs already: it waits, until that is mended
+    pack = _largest(store / "web/shared")
+    async with _detached(scene, "to3") as (back, _):
+        with harmed(pack, flipped(pack.stat().st_size // 2)):
+            scene.gate.touch()
+            for _ in range(2):
+                await seen(lambda: bringers(scene.local) == [])
+                trouble = json.loads((short / "to3" / STATUS).read_text())["trouble"]
+                assert "another chunk" in trouble
+                assert await _status(back) == "postcopy-paused"
+                (short / "to3" / STATUS).unlink()
+                said = await asyncio.to_thread(scene.qmpsnap, "recover", "web")
+                assert said.returncode == 0, said.stderr
+            await seen(lambda: bringers(scene.local) == [])
+        said = await asyncio.to_thread(scene.qmpsnap, "recover", "web")
+        assert said.returncode == 0, said.stderr
+        await seen(lambda: scene.traces() == [])
+        with witness(back.machine.socket) as eye:
             assert _ram(eye, short) == before
     # the engine itself puts another in the place of one that is killed
     async with asyncio.TaskGroup() as group:
