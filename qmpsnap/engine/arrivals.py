@@ -20,6 +20,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots, moment
 from qmpsnap.errors import LocalFailed, VmBusy
 from qmpsnap.host import lock
+from qmpsnap.host import process as host_process
 from qmpsnap.host.process import ProcessFacts
 from qmpsnap.store import files, local
 from qmpsnap.store.head import readable, version_of
@@ -70,7 +71,7 @@ class Arriving(msgspec.Struct, frozen=True, kw_only=True):
 
 def place(root: LocalRoot, vm: str, folder: Path) -> Path:
     """Where it is written down that RAM comes into the machine in *folder*."""
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return root.vm(vm) / _FOLDER / f"{name}.json"
 
 
@@ -109,6 +110,11 @@ def owed(root: LocalRoot, vm: str) -> list[Path]:
     return sorted((root.vm(vm) / _FOLDER).glob("*.json"))
 
 
+def forsaken(root: LocalRoot, vm: str) -> bool:
+    """Whether RAM has not come yet, and nobody brings it."""
+    return any(not lock.is_taken(path.with_suffix(".lock")) for path in owed(root, vm))
+
+
 def over(path: Path, arrival: Arrival) -> None:
     """Nothing more comes: all of it is there, or nobody waits for it. The lock's holder calls."""
     shutil.rmtree(arrival.images, ignore_errors=True)
@@ -143,7 +149,7 @@ def refuse(roots: Roots, machine: Machine) -> None:
     for path in owed(roots.local, machine.name):
         with suppress(LocalFailed):
             one = read(path)
-            if _same(Path(one.qmp), machine.socket):
+            if host_process.still_runs(one.process) and _same(Path(one.qmp), machine.socket):
                 raise VmBusy(
                     f"the RAM of {machine.name} is still coming{_in_words(one)}",
                     hint=f"wait until {Path(one.folder) / STATUS} is gone",

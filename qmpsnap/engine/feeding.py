@@ -22,11 +22,13 @@ from qmpsnap.errors import (
     Blocked,
     Failed,
     GuestLacksPages,
+    HalfMissing,
     LocalFailed,
     MigrationFailed,
     MonitorLost,
     QemuGone,
     SnapError,
+    StoreError,
     StreamUnknown,
     VmBusy,
 )
@@ -43,6 +45,7 @@ _BEGIN = ("/bin/sh", "-c", '"$@" <&1 &', "sh")
 _FEEDER = (sys.executable, "-P", "-m", "qmpsnap.engine.feeder")
 _LEAVES_WITHIN = 10.0  # seconds: it removes what it has filled
 _LOOK_AGAIN = 0.5
+_ASK_AGAIN = 5.0
 _KINDS: dict[str, type[SnapError]] = {
     kind("").code: kind
     for kind in (
@@ -52,7 +55,7 @@ _KINDS: dict[str, type[SnapError]] = {
 }  # fmt: skip
 
 
-class FeederLost(GuestLacksPages):
+class FeederLost(Failed):
     """The process that brought the RAM has ended without a word."""
 
 
@@ -129,13 +132,9 @@ class Feeder:
         known = host_process.identified(facts)
         assert known is not None
         self._process = known
-        pair = self._pair
-        arrival = Arrival(
-            id=pair.id, vm=pair.vm, folder=str(to), images=str(images), qmp=str(process.qmp),
-            process=known, spare=process.spare, seal=pair.seal, spooled=pair.spooled,
-        )  # fmt: skip
-        await asyncio.to_thread(arrivals.note, self.note, pair, arrival)
-        await self._talk.order(pair.roots, self.note, self._ours)
+        arrival = _arrival(self._pair, to, images, process, known)
+        await asyncio.to_thread(arrivals.note, self.note, self._pair, arrival)
+        await self._talk.order(self._pair.roots, self.note, self._ours)
 
     async def ready(self) -> None:
         """Returns when QEMU may read. Raises DamagedData, StoreError, LocalFailed."""
@@ -173,6 +172,10 @@ class Feeder:
             except VmBusy:
                 await asyncio.sleep(_LOOK_AGAIN)  # somebody else was first: let him
                 continue
+            except (StoreError, HalfMissing) as dead:
+                log.warning("the guest waits for its pages: %s", dead)
+                await asyncio.sleep(_ASK_AGAIN)
+                continue
             if talk is not None:
                 self._talk = talk
             elif not await asyncio.to_thread(host_process.still_runs, self._process):
@@ -189,6 +192,16 @@ class Feeder:
 
     async def left(self) -> None:
         await self._talk.left(waiting=False)
+
+
+def _arrival(
+    pair: Pair, to: Path, images: Path, process: Launched, known: host_process.ProcessFacts
+) -> Arrival:
+    folder, filled, qmp = (str(one.absolute()) for one in (to, images, process.qmp))
+    return Arrival(
+        id=pair.id, vm=pair.vm, folder=folder, images=filled, qmp=qmp,
+        process=known, spare=process.spare, seal=pair.seal, spooled=pair.spooled,
+    )  # fmt: skip
 
 
 @asynccontextmanager
@@ -270,6 +283,7 @@ async def _started(note: Path, lock: int, *, wire: int | None = None) -> _Talk:
                 stdout=theirs.fileno(),
                 stderr=errors,
                 pass_fds=(lock, *([wire] if wire is not None else [])),
+                cwd="/",  # it keeps nobody's folder busy
                 start_new_session=True,  # out of the reach of Ctrl-C and of kill -PGID
                 env=environment(),
             )

@@ -73,7 +73,7 @@ class Recovered:
 
 def owes(roots: Roots, vm: str) -> bool:
     """Whether a crash left anything to settle."""
-    return bool(journal.pending(roots.local.journal(vm)) or arrivals.owed(roots.local, vm))
+    return bool(journal.pending(roots.local.journal(vm)) or arrivals.forsaken(roots.local, vm))
 
 
 async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Recovered]:
