@@ -1,4 +1,4 @@
-"""The engine's end of the process that brings a guest its RAM: the only place that starts it."""
+"""A guest that is brought its RAM while it runs, by a process that needs us no more then."""
 
 from __future__ import annotations
 
@@ -6,117 +6,40 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import msgspec
-
 from qmpsnap.engine import arrivals
 from qmpsnap.engine.arrivals import Arrival
+from qmpsnap.engine.feedertalk import LEAVES_WITHIN, FeederLost, Talk, started
 from qmpsnap.engine.half import Pair
-from qmpsnap.engine.orders import GO, Order, Said
+from qmpsnap.engine.orders import GO
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
-    Blocked,
     Failed,
-    GuestLacksPages,
     HalfMissing,
     LocalFailed,
-    MigrationFailed,
-    MonitorLost,
     QemuGone,
     SnapError,
     StoreError,
-    StreamUnknown,
     VmBusy,
 )
 from qmpsnap.host import process as host_process
 from qmpsnap.hypervisor.machine.launch import Launched
 from qmpsnap.hypervisor.vmstate.session import Progress
 from qmpsnap.shield import finish
-from qmpsnap.store import wire
-from qmpsnap.store.talk import environment
 
 log = logging.getLogger(__name__)
-# A child of nobody; a shell gives what it leaves behind no stdin, so it has what is its stdout
-_BEGIN = ("/bin/sh", "-c", '"$@" <&1 &', "sh")
-_FEEDER = (sys.executable, "-P", "-m", "qmpsnap.engine.feeder")
-_LEAVES_WITHIN = 10.0  # seconds: it removes what it has filled
-_LOOK_AGAIN = 0.5
+_LOOK_AGAIN = 0.5  # seconds
 _ASK_AGAIN = 5.0
-_KINDS: dict[str, type[SnapError]] = {
-    kind("").code: kind
-    for kind in (
-        Blocked, Failed, GuestLacksPages, MigrationFailed, MonitorLost, QemuGone, StreamUnknown,
-        VmBusy,
-    )
-}  # fmt: skip
-
-
-class FeederLost(Failed):
-    """The process that brought the RAM has ended without a word."""
-
-
-class _Talk:
-    """A feeder, and what it says."""
-
-    def __init__(
-        self, log: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._log, self._reader, self._writer = log, reader, writer
-
-    async def order(self, roots: Roots, note: Path, wire: int | None) -> None:
-        store = roots.store
-        order = Order(
-            note=str(note), local=str(roots.local.path), store=str(store.root.path),
-            within=store.within, command=list(store.command), wire=wire,
-        )  # fmt: skip
-        self._writer.write(msgspec.json.encode(order) + b"\n")
-
-    def say(self, line: bytes) -> None:
-        self._writer.write(line)
-
-    async def until(self, step: str, on_progress: Progress | None = None) -> None:
-        """Returns at that *step*. Raises what it says that went wrong, FeederLost."""
-        while True:
-            try:
-                line = await self._reader.readline()
-            except ConnectionError:
-                line = b""
-            if not line:
-                words = await asyncio.to_thread(_last_words, self._log)
-                raise FeederLost(f"the process that brought the RAM has ended{words}")
-            said = msgspec.json.decode(line, type=Said)
-            if said.failed is not None:
-                kind = _KINDS.get(said.failed.code)
-                if kind is None:
-                    raise wire.error(said.failed)
-                raise kind(said.failed.message, hint=said.failed.hint)
-            if said.warning:
-                log.warning("%s", said.warning)
-            if said.total and on_progress is not None:
-                on_progress(said.done, said.total)
-            if said.step == step:
-                return
-
-    async def left(self, *, waiting: bool) -> None:
-        """Let it go; *waiting*: until it has ended."""
-        with suppress(OSError, TimeoutError):
-            if waiting:
-                self._writer.write_eof()
-                async with asyncio.timeout(_LEAVES_WITHIN):
-                    while await self._reader.read(1 << 16):
-                        pass
-            self._writer.close()
 
 
 class Feeder:
     """Brings the RAM of *pair* into a machine; *theirs* is QEMU's end of the migration."""
 
     def __init__(
-        self, pair: Pair, note: Path, talk: _Talk, ours: int, theirs: socket.socket
+        self, pair: Pair, note: Path, talk: Talk, ours: int, theirs: socket.socket
     ) -> None:
         self._pair, self.note, self._talk, self._ours, self.theirs = pair, note, talk, ours, theirs
         self.remaining = False
@@ -138,11 +61,17 @@ class Feeder:
 
     async def ready(self) -> None:
         """Returns when QEMU may read. Raises DamagedData, StoreError, LocalFailed."""
-        await self._talk.until("ready")
+        await self._until("ready")
 
     async def loaded(self) -> None:
         """Returns when QEMU has all but the pages. Raises MigrationFailed, QemuGone."""
-        await self._talk.until("loaded")
+        await self._until("loaded")
+
+    async def _until(self, step: str) -> None:
+        try:
+            await self._talk.until(step)
+        except FeederLost as lost:
+            raise Failed(str(lost)) from lost  # no guest runs yet
 
     def go(self) -> None:
         """The guest is let run: from now on the RAM is brought whatever becomes of us."""
@@ -216,7 +145,7 @@ async def begun(pair: Pair, to: Path) -> AsyncIterator[Feeder]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
-            talk = await _started(note, lock, wire=ours.fileno())
+            talk = await started(note, lock, wire=ours.fileno())
         finally:
             os.close(lock)
         number = ours.fileno()
@@ -226,7 +155,7 @@ async def begun(pair: Pair, to: Path) -> AsyncIterator[Feeder]:
             yield feeder
         finally:
             ending = feeder.left() if feeder.remaining else feeder.ended()
-            await finish(ending, within=_LEAVES_WITHIN + 5)
+            await finish(ending, within=LEAVES_WITHIN + 5)
 
 
 async def resumed(roots: Roots, note: Path) -> str:
@@ -244,7 +173,7 @@ async def resumed(roots: Roots, note: Path) -> str:
     return "its pages come again"
 
 
-async def _resumed(roots: Roots, note: Path) -> _Talk | None:
+async def _resumed(roots: Roots, note: Path) -> Talk | None:
     """A feeder that QEMU takes pages from again; None where there is nothing to bring any more.
 
     Raises VmBusy where there is one.
@@ -259,7 +188,7 @@ async def _resumed(roots: Roots, note: Path) -> _Talk | None:
         if not await asyncio.to_thread(host_process.still_runs, arrival.process):
             await asyncio.to_thread(arrivals.over, note, arrival)
             return None
-        talk = await _started(note, lock)
+        talk = await started(note, lock)
     finally:
         os.close(lock)
     try:
@@ -269,34 +198,3 @@ async def _resumed(roots: Roots, note: Path) -> _Talk | None:
         await talk.left(waiting=False)
         raise
     return talk
-
-
-async def _started(note: Path, lock: int, *, wire: int | None = None) -> _Talk:
-    """A feeder that waits for its order. It has the *lock*, and our end of the *wire*."""
-    ours, theirs = socket.socketpair()
-    try:
-        with theirs, note.with_suffix(".log").open("ab") as errors:
-            starting = await asyncio.create_subprocess_exec(
-                *_BEGIN,
-                *_FEEDER,
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=errors,
-                pass_fds=(lock, *([wire] if wire is not None else [])),
-                cwd="/",  # it keeps nobody's folder busy
-                start_new_session=True,  # out of the reach of Ctrl-C and of kill -PGID
-                env=environment(),
-            )
-            await starting.wait()
-    except BaseException:
-        ours.close()
-        raise
-    return _Talk(note.with_suffix(".log"), *await asyncio.open_connection(sock=ours))
-
-
-def _last_words(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").splitlines()[-1:]
-    except OSError:
-        lines = []
-    return "".join(f": {line}" for line in lines)
