@@ -178,7 +178,7 @@ class GuestStillFrozen(GuestNeedsHelp):
 class GuestLacksPages(GuestNeedsHelp):
     """The guest was let run before its RAM was there, and not all of it came."""
 
-    hint = "what touches a page that is missing waits for it: restore the snapshot anew"
+    hint = "what touches a page that is missing waits for it: `qmpsnap recover VM` brings the rest"
 
 
 class DamagedData(SnapError):

@@ -22,7 +22,8 @@ async def recover(call: Call, vm: options.OptionalVm = None) -> None:
     """Settle what an interrupted qmpsnap still owes a VM; `create` does so too, at its start.
 
     A stopped guest is continued, a frozen one thawed, half-made overlays are taken back, also into
-    the disks of a VM that does not run any more. Done twice, it does nothing.
+    the disks of a VM that does not run any more. A restored guest that waits for RAM which nobody
+    brings any more gets it again, in the background. Done twice, it does nothing.
     """
     from qmpsnap.cli.shapes import Settled
     from qmpsnap.engine.recover import owes

@@ -126,6 +126,8 @@ async def restore(
         return
     async with engine.restored(ready, detach=detach) as back:
         _show(out, back)
+        if back.arriving is not None:
+            out.notice("the machine runs, and its RAM still comes: until that file has gone")
         if not detach:
             out.notice("the machine runs; Ctrl-C ends it")
             await back.process.exited()
@@ -171,6 +173,7 @@ def _show(out: Output, back: Restored) -> None:
             ("restored", f"{shown['id']} of {shown['vm']}{', cold' if shown['cold'] else ''}"),
             ("process", shown["pid"]),
             ("RAM", shown["ram"]),
+            *([("arriving", shown["arriving"])] if shown["arriving"] else []),
             ("folder", shown["to"]),
             ("QMP", shown["qmp"]),
             ("agent", shown["agent"]),

@@ -105,7 +105,8 @@ class Restored(Struct, frozen=True, kw_only=True):
 
     *groups*: the folders of the control groups that were made for it; they go when it ends.
     *ram*: `mapped` from page images, brought on `demand`, or loaded as a `stream`; None after a
-    cold boot. *clone*: its number, with --clones; *clock* is `set` to the host's time then, or says
+    cold boot. *arriving*: the file that tells how much of it is there, with --detach; it goes when
+    all is. *clone*: its number, with --clones; *clock* is `set` to the host's time then, or says
     why it was not, and *macs* are the addresses that were changed in the running guest, by
     interface.
     """
@@ -122,6 +123,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     limits: list[Limit] = []
     groups: list[str] = []
     ram: str | None = None
+    arriving: str | None = None
     clone: int | None = None
     clock: str | None = None
     macs: dict[str, str] = {}

@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 
 from qmpsnap.engine import (
     allowance,
+    arrivals,
     bootfiles,
     copies,
     layers,
     ramstore,
     recover,
+    revive,
     sample,
     spool,
     survey,
@@ -59,7 +61,12 @@ _SEAL_WITHIN = 600.0
 
 @asynccontextmanager
 async def met(roots: Roots, machine: Machine) -> AsyncIterator[Monitor]:
-    """A session with the VM; an earlier crash is settled first."""
+    """A session with the VM; an earlier crash is settled first.
+
+    Raises VmBusy while the VM's RAM is still coming.
+    """
+    await revive.tried(roots, machine.name)
+    await asyncio.to_thread(arrivals.refuse, roots, machine)
     try:
         async with connect(machine.socket) as monitor:
             await recover.recover(roots, machine, monitor)
@@ -74,6 +81,7 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
     Raises as `create` does before it touches anything.
     """
     await judge(roots)
+    await asyncio.to_thread(arrivals.refuse, roots, machine)
     try:
         async with connect(machine.socket) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))

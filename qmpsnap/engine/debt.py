@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap import child
 from qmpsnap.engine import layers, offline, recover, survey
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.machine import Machine
@@ -133,21 +131,7 @@ async def given_up_later(roots: Roots, machine: Machine, debt: Debt, id: str) ->
 
 async def _ended(known: ProcessFacts) -> bool:
     """Whether that process is gone, or ends within the time that a killed one may take."""
-    try:
-        pidfd = os.pidfd_open(known.pid)
-    except ProcessLookupError:
-        return True
-    try:
-        if not await asyncio.to_thread(host_process.still_runs, known):
-            return True
-        async with asyncio.timeout(_DYING):
-            await child.gone(pidfd)
-    except TimeoutError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(pidfd)
+    return await asyncio.to_thread(host_process.ends, known, _DYING)
 
 
 async def really_gone(facts: survey.Survey, gone: QemuGone) -> None:

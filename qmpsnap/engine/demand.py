@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -12,12 +11,10 @@ from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
-from qmpsnap.errors import LocalFailed, SnapError, StoreError
+from qmpsnap.errors import HalfMissing, SnapError, StoreError, StoreRefused
 from qmpsnap.store import filling, pages
-from qmpsnap.store.files import told
 from qmpsnap.store.filling import Span
 
-log = logging.getLogger(__name__)
 _ASKED = 64 << 10  # bytes: QEMU asks for a page, and its neighbours are sent with it; no more
 _AROUND = 256 << 10  # bytes that are fetched when one of them is waited for
 _AGAIN = (0.2, 1.0, 5.0)  # seconds until a store that failed is asked again
@@ -26,12 +23,21 @@ _AGAIN = (0.2, 1.0, 5.0)  # seconds until a store that failed is asked again
 class Demand:
     """Page *images* of a snapshot in a folder, being filled. See `vmstate.feed.Pages`.
 
-    A store that does not answer is asked again for as long as it takes: the guest stands still at
-    a page that is missing, and goes on when it has come.
+    A store that does not answer, or is not there, is asked again for as long as it takes: the guest
+    stands still at a page that is missing, and goes on when it has come. *on_trouble* is told what
+    is the matter, and an empty text when it is no more.
     """
 
-    def __init__(self, pair: Pair, quick: Pair, folder: Path, near: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        quick: Pair,
+        folder: Path,
+        near: Sequence[Path],
+        on_trouble: Callable[[str], None],
+    ) -> None:
         self._pair, self._quick, self._folder, self._near = pair, quick, folder, near
+        self._told = on_trouble
         self._blocks = {one.block: n for n, one in enumerate(pair.manifest.ram.images)}
         self._sizes = [one.bytes for one in pair.manifest.ram.images]
         self._images = {one: filling.image(folder, n) for one, n in self._blocks.items()}
@@ -66,12 +72,14 @@ class Demand:
                 size = min(_AROUND, self._sizes[number] - at)
                 only = [(number, at, size)]
                 await self._fetched(self._quick, only.copy, _silent)
+                self._told("")
                 self._there.add((number, at))
 
     async def all(self) -> None:
         """Fill the images from their first byte to their last."""
 
         def tell(what: str, done: int, total: int) -> None:
+            self._told("")
             self._reached(done)
 
         with suppress(SnapError):  # who waits for these pages is told
@@ -98,32 +106,40 @@ class Demand:
     ) -> None:
         for again in chain(_AGAIN, repeat(_AGAIN[-1])):
             try:
-                await pair.fill(self._folder, report, near=self._near, spans=spans())
+                await _now(pair).fill(self._folder, report, near=self._near, spans=spans())
                 break
-            except StoreError as dead:
-                log.warning("the guest waits for its pages: %s", dead)
+            except (StoreError, StoreRefused, HalfMissing) as dead:
+                # a store that is not mounted looks like one that has lost the half
+                self._told(str(dead))
                 await asyncio.sleep(again)
             except SnapError as failed:
                 self.failed = failed
                 raise
 
 
+def _now(pair: Pair) -> Pair:
+    """*pair* where it is by now: what was in the spool may have been shipped."""
+    spool = pair.roots.local.spool(pair.vm, pair.id)
+    return replace(pair, spooled=False) if pair.spooled and not spool.is_dir() else pair
+
+
 @asynccontextmanager
-async def coming(pair: Pair, folder: Path) -> AsyncIterator[Demand]:
-    """The page images of *pair* in *folder*, a new one, which fill in the block.
+async def coming(
+    pair: Pair, folder: Path, on_trouble: Callable[[str], None]
+) -> AsyncIterator[Demand]:
+    """The page images of *pair* in *folder*, new ones, which fill in the block.
 
     Raises LocalFailed, DamagedData, StoreError.
     """
-    with told(folder, LocalFailed):
-        await asyncio.to_thread(folder.mkdir, 0o700)
     for number, one in enumerate(pair.manifest.ram.images):
         await asyncio.to_thread(filling.hollow, filling.image(folder, number), one.bytes)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     # who waits for a page has a process of the store's own, which is there already
     async with pair.roots.store.lasting() as store:
         quick = replace(pair, roots=replace(pair.roots, store=store))
-        await quick.fill(folder, _silent, spans=[])  # the index is good, before a guest runs
-        demand = Demand(pair, quick, folder, [path.parent for path in near])
+        # the index is good, before a guest runs
+        await _now(quick).fill(folder, _silent, spans=[])
+        demand = Demand(pair, quick, folder, [path.parent for path in near], on_trouble)
         task = asyncio.create_task(demand.all())
         try:
             yield demand

@@ -26,6 +26,7 @@ from qmpsnap.engine import (
     refresh,
     restore,
     retention,
+    revive,
     ship,
     thaw,
     verify,
@@ -259,19 +260,22 @@ class Engine(Reader):
     async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
         """Settle what a crashed engine still owed this VM, and sweep what it left half-done.
 
+        Guests of its snapshots that wait for RAM which nobody brings any more get it again.
+
         Raises VmBusy, MonitorAbsent, Failed.
         """
         # what an engine at work has in its journal is not owed yet
         async with lock.held(self.roots.local.lock(machine.name), "recover"):
+            revived = await revive.revived(self.roots, machine.name)
             try:
                 async with connect(machine.socket) as monitor:
                     settled = await recover.recover(self.roots, machine, monitor)
             except (MonitorAbsent, VmUnknown) as absent:
                 settled = await offline.settle_offline(self.roots, machine)
-                if not settled:
+                if not settled and not revived:
                     raise
                 log.info("%s; its disks were settled without QEMU", absent)
             points = await asyncio.to_thread(read_points, self.roots.local, machine.name)
             await asyncio.to_thread(merge.finish, points, self._report)
             await copies.digested(self.roots, machine.name, self._report)
-            return settled
+            return [*revived, *settled]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import allowance, survey
+from qmpsnap.engine import allowance, arrivals, survey
 from qmpsnap.engine.allowance import Allowance
 from qmpsnap.engine.copy import private_folder
 from qmpsnap.engine.levels import Chosen, Since, choose
@@ -111,6 +111,7 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
     """
     layers = roots.local.layers(machine.name)
     points = await asyncio.to_thread(read_points, roots.local, machine.name)
+    await asyncio.to_thread(arrivals.refuse, roots, machine)
     changed: dict[str, int] = {}
     try:
         async with connect(machine.socket) as monitor:

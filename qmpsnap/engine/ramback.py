@@ -6,20 +6,22 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from qmpsnap.engine import demand, ramplace
+from qmpsnap.engine import arrivals, ramplace
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.feeding import Feeder
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.verdict import Row, row
-from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed
+from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
+from qmpsnap.hypervisor.machine.launch import Launched
 from qmpsnap.hypervisor.machine.mapping import mapped
 from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.vmstate import postcopy
 from qmpsnap.hypervisor.vmstate.load import load
 from qmpsnap.store import files, filling, pages
 from qmpsnap.store.manifest import Ram
@@ -157,20 +159,28 @@ async def loaded(
     to: Path,
     on_running: Callable[[], Awaitable[None]],
     report: Report,
+    *,
+    feeder: Feeder | None,
+    process: Launched,
 ) -> Way:
-    """Bring the state of *pair* into the QEMU that waits for it, and await *on_running* then.
+    """Bring the state of *pair* into the *process* that waits for it, and await *on_running* then.
 
     All RAM is where it belongs at the end; where it comes on demand, the guest has run for a while
-    by then. Gives the way that it really went: without userfaultfd nothing comes on demand.
+    by then, or the *feeder* is still at it, if it is `remaining`. Gives the way that it really
+    went: without userfaultfd nothing comes on demand.
 
     Raises MigrationFailed, MonitorLost, GuestLacksPages, DamagedData, StoreError, LocalFailed.
     """
     made = memory.folder if memory.lacking and memory.way is not Way.MAPPED else None
     try:
-        if memory.way is Way.DEMAND:
-            why = await _on_demand(pair, memory, monitor, to, on_running, report)
+        if memory.way is Way.DEMAND and feeder is not None:
+            why = await postcopy.trouble(monitor)
             if not why:
+                made = None  # the feeder's
+                await _on_demand(pair, memory, monitor, to, on_running, report, feeder, process)
                 return memory.way
+            feeder.remaining = False
+            await feeder.ended()
             log.warning("all RAM is loaded before the guest runs: %s", why)
             memory = replace(memory, way=Way.STREAM, joined=dict.fromkeys(memory.images, why))
             await filled(pair, memory, report)
@@ -193,26 +203,38 @@ async def _on_demand(
     to: Path,
     on_running: Callable[[], Awaitable[None]],
     report: Report,
-) -> str:
-    """Why this QEMU cannot do that; empty if all RAM has come."""
-    from qmpsnap.hypervisor.vmstate import postcopy  # numpy: most verbs need none
-
+    feeder: Feeder,
+    process: Launched,
+) -> None:
     assert memory.folder is not None
 
     def tell(done: int, total: int) -> None:
         report("bringing RAM", done, total)
 
-    if why := await postcopy.trouble(monitor):
-        return why
-    async with (
-        _small(pair, memory, to, report) as small,
-        demand.coming(pair, memory.folder) as images,
-    ):
-        try:
-            await postcopy.postcopy(monitor, small, images, on_running=on_running, on_progress=tell)
-        except GuestLacksPages as lacks:
-            raise (images.failed or lacks) from lacks
-    return ""
+    with files.told(memory.folder, LocalFailed):
+        await asyncio.to_thread(memory.folder.mkdir, 0o700)
+    await _small(pair, memory, memory.folder / arrivals.STREAM, report)
+    await feeder.order(to, memory.folder, process)
+    await feeder.ready()
+    await postcopy.accept(monitor, feeder.theirs)
+    feeder.theirs.close()
+    await feeder.loaded()
+    await postcopy.paused(monitor)
+    feeder.go()
+    arriving = asyncio.create_task(feeder.arrived(tell))
+    running = asyncio.ensure_future(on_running())
+    try:
+        # `cont` itself may wait for a page, and for ever if that is damaged
+        await asyncio.wait({arriving, running}, return_when=asyncio.FIRST_COMPLETED)
+        if arriving.done():
+            arriving.result()
+        await running
+        if not feeder.remaining:
+            await arriving
+    finally:
+        for task in (arriving, running):
+            task.cancel()
+        await asyncio.gather(arriving, running, return_exceptions=True)
 
 
 async def _fed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) -> None:
@@ -233,25 +255,23 @@ async def _fed(pair: Pair, memory: Memory, fd: int, to: Path, report: Report) ->
         finally:
             os.close(own)
 
-    async with _small(pair, memory, to, report) as small:
-        # a thread goes on when its waiter is cancelled: it must own what it writes to
-        await asyncio.to_thread(joined, small, os.dup(fd))
-
-
-@asynccontextmanager
-async def _small(pair: Pair, memory: Memory, to: Path, report: Report) -> AsyncIterator[Path]:
-    """The stream without the pages of the images, as a file for the block."""
     path = to / "state.part"
     try:
-        with files.told(path, LocalFailed):
-            own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            await pair.load(own, report, near=_near(memory))
-        finally:
-            os.close(own)
-        yield path
+        await _small(pair, memory, path, report)
+        # a thread goes on when its waiter is cancelled: it must own what it writes to
+        await asyncio.to_thread(joined, path, os.dup(fd))
     finally:
         await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+async def _small(pair: Pair, memory: Memory, path: Path, report: Report) -> None:
+    """The stream without the pages of the images, as the file *path*."""
+    with files.told(path, LocalFailed):
+        own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        await pair.load(own, report, near=_near(memory))
+    finally:
+        os.close(own)
 
 
 def _near(memory: Memory) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import delete, dependents, layers
+from qmpsnap.engine import arrivals, delete, dependents, layers
 from qmpsnap.engine.levels import newest_bitmaps
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
@@ -73,7 +73,7 @@ class Recovered:
 
 def owes(roots: Roots, vm: str) -> bool:
     """Whether a crash left anything to settle."""
-    return bool(journal.pending(roots.local.journal(vm)))
+    return bool(journal.pending(roots.local.journal(vm)) or arrivals.forsaken(roots.local, vm))
 
 
 async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Recovered]:

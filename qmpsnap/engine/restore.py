@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from qmpsnap.engine import companion, dependents, fitness, ramback
+from qmpsnap.engine import arrivals, companion, dependents, feeding, fitness, ramback
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
@@ -36,7 +36,8 @@ class Restored:
     """A machine that is back. *process* ends with us, or is on its own, as was asked.
 
     *groups*: the folders of the control groups that were made for it. *ram*: the way that its RAM
-    came back, None after a cold boot.
+    came back, None after a cold boot. *arriving*: the file that tells how much of it is there,
+    which goes when all is.
     """
 
     ready: Ready
@@ -44,6 +45,7 @@ class Restored:
     process: Launched
     groups: tuple[Path, ...] = ()
     ram: ramback.Way | None = None
+    arriving: Path | None = None
 
     def shown(self) -> dict[str, Any]:
         """What `restore --json` prints."""
@@ -56,6 +58,7 @@ class Restored:
             "agent": str(self.machine.agent) if self.machine.agent else None,
             "cold": self.ready.wish.cold,
             "ram": self.ram.value if self.ram is not None else None,
+            "arriving": str(self.arriving) if self.arriving is not None else None,
             "to": str(self.ready.wish.to),
             "moved": self.ready.relocated.moved,
             "notices": self.ready.notices,
@@ -78,7 +81,7 @@ async def built(ready: Ready, report: Report) -> Ready:
     wish = ready.wish
     await asyncio.to_thread(_make_folder, wish.to)
     try:
-        await _images(ready.pair, wish, report)
+        await _images(ready.pair, wish, ready.memory, report)
         for one in ready.fetched:
             await ready.pair.fetch(one.entry, Path(ready.relocated.moved[one.path]))
         await companion.placed(ready)
@@ -104,6 +107,7 @@ async def restored(
         async with (
             _caged(ready) as group,
             _accompanied(ready, lifetime),
+            _fed(ready) as feeder,
             launched(
                 ready.argv,
                 directory=ready.wish.to,
@@ -111,19 +115,28 @@ async def restored(
                 lifetime=lifetime,
                 inside=group.words if group else (),
                 hold=group.hold if group else (),
+                spared=feeder is not None,
             ) as process,
         ):
             try:
+                if feeder is not None:
+                    feeder.remaining = detach
                 async with connect(ready.qmp) as monitor:
-                    way = await _brought_up(ready, monitor, process, report)
+                    way = await _brought_up(ready, monitor, process, report, feeder)
             except BaseException:
+                if feeder is not None:
+                    feeder.remaining = False
                 await finish(process.kill(), within=10)
                 raise
             begun = True
             if group and detach:
                 group.leave()
             machine = Machine(ready.pair.vm, ready.qmp, ready.relocated.agent)
-            yield Restored(ready, machine, process, group.folders if group else (), way)
+            arriving = None
+            if feeder is not None and feeder.remaining and way is ramback.Way.DEMAND:
+                arriving = ready.wish.to / arrivals.STATUS
+            groups = group.folders if group else ()
+            yield Restored(ready, machine, process, groups, way, arriving)
     except BaseException:
         if not begun:
             await finish(asyncio.to_thread(unmade, ready), within=60)
@@ -152,8 +165,22 @@ async def _accompanied(
         yield
 
 
+@asynccontextmanager
+async def _fed(ready: Ready) -> AsyncIterator[feeding.Feeder | None]:
+    """Who brings the RAM while the guest runs, if that is to be."""
+    if ready.wish.cold or ready.memory.way is not ramback.Way.DEMAND:
+        yield None
+        return
+    async with feeding.begun(ready.pair, ready.wish.to) as feeder:
+        yield feeder
+
+
 async def _brought_up(
-    ready: Ready, monitor: Monitor, process: Launched, report: Report
+    ready: Ready,
+    monitor: Monitor,
+    process: Launched,
+    report: Report,
+    feeder: feeding.Feeder | None,
 ) -> ramback.Way | None:
     if ready.wish.cold:
         return None
@@ -169,18 +196,21 @@ async def _brought_up(
 
     try:
         return await ramback.loaded(
-            ready.pair, ready.memory, monitor, ready.wish.to, on_running, report
-        )
+            ready.pair, ready.memory, monitor, ready.wish.to, on_running, report,
+            feeder=feeder, process=process,
+        )  # fmt: skip
     except MonitorLost as died:
         # before 9.1 a QEMU that cannot load exits; its stderr has the reason
         words = await asyncio.to_thread(_last_words, process.log)
         raise MigrationFailed(f"QEMU did not take the state: {words}") from died
 
 
-async def _images(pair: Pair, wish: Restoration, report: Report) -> None:
+async def _images(pair: Pair, wish: Restoration, memory: ramback.Memory, report: Report) -> None:
     where = places(pair, wish.to)
-    if not wish.standalone:
-        images = [str(where[disk.origin]) for disk in pair.storage.disks]
+    images = [str(where[disk.origin]) for disk in pair.storage.disks]
+    if wish.standalone:  # it needs the snapshot for as long as its RAM comes
+        images = [str(memory.folder)] if memory.way is ramback.Way.DEMAND else []
+    if images:
         note = dependents.Dependent(folder=str(wish.to), images=images)
         await asyncio.to_thread(dependents.note, pair.roots.local, pair.vm, pair.id, note)
         # `delete` writes down what it will do before it looks for dependents, as we do before we

@@ -95,6 +95,8 @@ async def take(monitor: Monitor, machine: Machine, layers: Path) -> Survey:
     Raises VmBusy when a migration is under way, since capabilities are probed by setting them.
     """
     under_way = await migration.query(monitor)
+    if under_way.status.startswith("postcopy"):
+        raise VmBusy(f"its RAM is still coming ({under_way.status})")
     if not under_way.over:
         raise VmBusy(f"a migration is under way ({under_way.status})")
     able = await abilities.probe(monitor)

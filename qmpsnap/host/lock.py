@@ -31,22 +31,47 @@ async def held(path: Path, what: str) -> AsyncIterator[None]:
 
     Raises VmBusy, naming the holder, or LocalFailed.
     """
+    descriptor = taken(path, what)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+
+
+def taken(path: Path, what: str) -> int:
+    """As `held`, for as long as anybody has the descriptor open that is returned.
+
+    A process that inherits it goes on holding the lock when its parent lets go.
+    """
     descriptor = _open(path)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as failed:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VmBusy(_busy(path, descriptor)) from None
-        except OSError as failed:
+            if isinstance(failed, BlockingIOError):
+                raise VmBusy(_busy(path, descriptor)) from None
             raise LocalFailed(f"{path}: {failed.strerror}") from failed
-        _sign(descriptor, what)
-        try:
-            yield
         finally:
-            with suppress(OSError):
-                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+    _sign(descriptor, what)
+    return descriptor
+
+
+def is_taken(path: Path) -> bool:
+    """Whether somebody holds that lock now; not where there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
         os.close(descriptor)
+    return False
 
 
 def _open(path: Path) -> int:

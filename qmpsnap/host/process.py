@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -110,6 +111,18 @@ def still_runs(known: ProcessFacts) -> bool:
         return not zombie and _moment(one.create_time()) == known.started_at
     except psutil.Error:
         return False
+
+
+def ends(known: ProcessFacts, within: float) -> bool:
+    """Whether that very process has ended, or does so within *within* seconds. Blocks."""
+    try:
+        pidfd = os.pidfd_open(known.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return not still_runs(known) or bool(select.select([pidfd], [], [], within)[0])
+    finally:
+        os.close(pidfd)
 
 
 def _listening(socket_path: Path) -> Iterator[tuple[int, str]]:

@@ -36,7 +36,7 @@ class Store:
     def __init__(
         self, root: StoreRoot, within: float = 30.0, *, command: Sequence[str] = _WORKER
     ) -> None:
-        self.root, self.within, self._command = root, within, tuple(command)
+        self.root, self.within, self.command = root, within, tuple(command)
         self._talk: Talk | None = None
 
     async def examine(self) -> Filesystem:
@@ -241,8 +241,8 @@ class Store:
 
         The start of a process costs more than most verbs. After the block each has its own again.
         """
-        store = Store(self.root, self.within, command=self._command)
-        store._talk = Talk(self._command, str(self.root.path), self.within)
+        store = Store(self.root, self.within, command=self.command)
+        store._talk = Talk(self.command, str(self.root.path), self.within)
         try:
             yield store
         finally:
@@ -259,7 +259,7 @@ class Store:
     ) -> T:
         if self._talk is not None and not pass_fds:
             return msgspec.json.decode(await self._talk.ask(request, on_progress), type=kind)
-        talk = Talk(self._command, str(self.root.path), self.within, pass_fds=pass_fds)
+        talk = Talk(self.command, str(self.root.path), self.within, pass_fds=pass_fds)
         try:
             return msgspec.json.decode(await talk.ask(request, on_progress), type=kind)
         finally:

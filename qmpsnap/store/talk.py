@@ -72,7 +72,7 @@ class Talk:
     async def _started(self) -> tuple[asyncio.SubprocessTransport, _Lines]:
         self._process = await asyncio.get_running_loop().subprocess_exec(
             _Lines, *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, pass_fds=self._pass_fds, env=_environment(),
+            stderr=subprocess.PIPE, pass_fds=self._pass_fds, env=environment(),
         )  # fmt: skip
         return self._process
 
@@ -121,6 +121,7 @@ class _Lines(asyncio.SubprocessProtocol):
         self.gone.set()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """That of a Python process that finds this package where we found it."""
     path = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": ":".join(filter(None, [_PACKAGE_FOLDER, path]))}

@@ -11,11 +11,11 @@ import pytest
 
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.hypervisor.vmstate.postcopy import postcopy
 from qmpsnap.hypervisor.vmstate.split import split
 from tests.rig.console import Console, Witness
 from tests.rig.guest import booted
 from tests.rig.qemu import binary, running
+from tests.rig.sourced import postcopy
 
 pytestmark = pytest.mark.guest
 

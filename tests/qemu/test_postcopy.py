@@ -17,9 +17,10 @@ from qmpsnap.errors import DamagedData, GuestLacksPages, LocalFailed, MonitorLos
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.vmstate import migration
-from qmpsnap.hypervisor.vmstate.postcopy import huge, postcopy, resume, trouble
+from qmpsnap.hypervisor.vmstate.postcopy import huge, trouble
 from qmpsnap.hypervisor.vmstate.split import Split, split
 from tests.rig.qemu import Running, binary, running
+from tests.rig.sourced import postcopy, resume
 from tests.rig.wire import Witness, witness
 
 _MEMORY = 64  # MiB

@@ -14,6 +14,7 @@ from typing import IO
 
 from qmpsnap.child import UMASK, Child, Lifetime, started
 from qmpsnap.errors import LaunchFailed
+from qmpsnap.hypervisor.machine import spare
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option, parse
 from qmpsnap.hypervisor.machine.keyval import Fields
 from qmpsnap.hypervisor.machine.options import Chardev, option_of
@@ -27,12 +28,14 @@ _TAIL = 20  # lines of stderr in a failure
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A QEMU that we started and that answers on *qmp*."""
+    """A QEMU that we started and that answers on *qmp*. *spare*: the descriptor in it of our end
+    of its spare monitor, if it was given one."""
 
     pid: int
     qmp: Path
     log: Path
     _child: Child
+    spare: int | None = None
 
     async def exited(self) -> None:
         """Returns when the process has ended."""
@@ -53,6 +56,7 @@ async def launched(
     terminal: bool = False,
     inside: Sequence[str] = (),
     hold: Sequence[int] = (),
+    spared: bool = False,
     within: float = 30.0,
 ) -> AsyncIterator[Launched]:
     """A QEMU of *argv*, working in *directory*, that is complete and answers on our QMP socket.
@@ -61,24 +65,27 @@ async def launched(
     5 s SIGKILL) and with our process, however that ends; "detached" outlives both. Its stderr
     goes to the file *log*; with *terminal* it has our stdin, stdout and process group instead of
     none. *inside*: words that start a command line in a control group, and become it; *hold*:
-    descriptors that QEMU inherits. *within* is how long its start may take, in seconds. Where the
-    event loop runs in a thread of its own, the end of that thread ends a QEMU "with-us" too
-    (PR_SET_PDEATHSIG).
+    descriptors that QEMU inherits. *spared*: it gets a spare monitor as well. *within* is how long
+    its start may take, in seconds. Where the event loop runs in a thread of its own, the end of
+    that thread ends a QEMU "with-us" too (PR_SET_PDEATHSIG).
 
     Raises LaunchFailed with the last of stderr when it does not get so far; it is then ended.
     """
     line = parse(argv)
     async with contextlib.AsyncExitStack() as stack:
         listener, path = stack.enter_context(_listening(line))
-        words = _with_descriptor(line, listener.fileno()).argv()
+        line = _with_descriptor(line, listener.fileno())
+        kept = [*stack.enter_context(spare.ends())] if spared else []
+        if kept:
+            line = line.append(*spare.options(kept[1].fileno()))
         with _appending(log) as stderr:
             start = stderr.tell()
             process = started(
-                [*inside, *words],
+                [*inside, *line.argv()],
                 lifetime=lifetime,
                 stderr=stderr.fileno(),
                 directory=directory,
-                hold=[listener.fileno(), *hold],
+                hold=[listener.fileno(), *hold, *(one.fileno() for one in kept)],
                 terminal=terminal,
             )
             try:
@@ -88,12 +95,17 @@ async def launched(
         listener.close()  # QEMU has its own copy: when it ends, connecting fails at once
         try:
             await _answered(path, child, log, start, within)
+            if kept:
+                await spare.Session(kept[0]).greeted()
             if lifetime == "with-us":
                 stack.push_async_callback(lambda: finish(_ended(child), within=20))
         except BaseException:
             await finish(child.kill() if lifetime == "detached" else _ended(child), within=20)
             raise
-        yield Launched(child.pid, path, log, child)
+        number = kept[0].fileno() if kept else None
+        for one in kept:
+            one.close()  # QEMU has both ends now
+        yield Launched(child.pid, path, log, child, number)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
-from qmpsnap.errors import GuestLacksPages, MigrationFailed, MonitorLost, ReplyMalformed, SnapError
-from qmpsnap.hypervisor.monitor import Monitor
-from qmpsnap.hypervisor.vmstate import handover, migration
-from qmpsnap.hypervisor.vmstate.feed import Feed
+from qmpsnap.errors import (
+    DamagedData,
+    GuestLacksPages,
+    MigrationFailed,
+    MonitorLost,
+    ReplyMalformed,
+    SnapError,
+)
+from qmpsnap.hypervisor.vmstate import handover
+from qmpsnap.hypervisor.vmstate.feed import Feed, Pages
 from qmpsnap.hypervisor.vmstate.handover import Handover
 from qmpsnap.hypervisor.vmstate.returnpath import (
     Acknowledged,
@@ -20,8 +27,11 @@ from qmpsnap.hypervisor.vmstate.returnpath import (
     Shut,
     Wanted,
 )
+from qmpsnap.hypervisor.vmstate.session import Progress
 
-_SAYS_WITHIN = 2.0  # seconds
+Words = Callable[[], Awaitable[str]]
+"""What QEMU says of a wire that was cut. Raises MonitorLost: it has ended."""
+
 _MOST_ASKED = 512  # requests that are answered at a time; more wait in QEMU
 
 
@@ -102,10 +112,10 @@ async def speaking(wire: socket.socket, plan: Handover, feed: Feed) -> AsyncIter
 
 
 @asynccontextmanager
-async def told(monitor: Monitor, source: Source) -> AsyncIterator[None]:
+async def told(words: Words, source: Source) -> AsyncIterator[None]:
     """What goes wrong in the block is told by what it means for the guest.
 
-    Raises MonitorLost, MigrationFailed (nothing runs), GuestLacksPages (it may run).
+    Raises MonitorLost (it has ended), MigrationFailed (nothing runs), GuestLacksPages (it may run).
     """
     try:
         yield
@@ -114,23 +124,82 @@ async def told(monitor: Monitor, source: Source) -> AsyncIterator[None]:
         known = isinstance(cause, SnapError | EOFError | OSError)
         if not known or cause is source.unwilling or isinstance(cause, MonitorLost):
             raise cause from None
-        words = str(cause) if isinstance(cause, SnapError) else await _of_qemu(monitor)
+        said = str(cause) if isinstance(cause, SnapError) else await words()
+        if isinstance(cause, DamagedData):
+            raise cause from None
         if source.loaded.is_set():
-            raise GuestLacksPages(f"the guest has not got all of its RAM: {words}") from cause
+            raise GuestLacksPages(f"the guest has not got all of its RAM: {said}") from cause
         if isinstance(cause, SnapError):
             raise cause from None
-        raise MigrationFailed(f"QEMU did not take the state: {words}") from cause
+        raise MigrationFailed(f"QEMU did not take the state: {said}") from cause
+
+
+async def play(
+    wire: socket.socket,
+    stream: Path,
+    pages: Pages,
+    *,
+    reach: Callable[[], Awaitable[None]],
+    on_loaded: Callable[[], Awaitable[None]],
+    words: Words,
+    on_progress: Progress | None = None,
+) -> None:
+    """Send the small *stream* into *wire*, then, after *on_loaded*, the *pages*.
+
+    *reach* lets QEMU read at the other end (`postcopy.accept`): all is open by then that can fail.
+    Returns when all RAM is there. *words* tells what QEMU says of a wire that was cut.
+    *on_progress* is told bytes of the large blocks: done, and in all.
+
+    Raises MigrationFailed (QEMU did not take the state), MonitorLost (it has ended),
+    GuestLacksPages (the guest may run; whoever touches a page that is missing waits: `take_over`),
+    StreamUnknown, DamagedData, and what *reach* and *on_loaded* raise.
+    """
+    plan = await asyncio.to_thread(handover.read, stream, pages.images)
+    with Feed(wire, plan.opening.ram, plan.large, pages, on_progress) as feed:
+        await reach()
+        async with (
+            speaking(wire, plan, feed) as source,
+            told(words, source),
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(source.listen(group))
+            await source.begun()
+            try:
+                await on_loaded()
+            except SnapError as unwilling:
+                source.unwilling = unwilling
+                raise
+            group.create_task(source.sent())
+
+
+async def take_over(
+    wire: socket.socket,
+    stream: Path,
+    pages: Pages,
+    *,
+    reach: Callable[[], Awaitable[None]],
+    on_taken: Callable[[], Awaitable[None]],
+    words: Words,
+    on_progress: Progress | None = None,
+) -> None:
+    """Send a guest that has lost its source (`postcopy-paused`) the pages that it still lacks.
+
+    QEMU tells which these are. *reach* connects *wire* to it, when all is open that can fail: from
+    11.1 on QEMU gives up for ever on somebody who comes, says nothing, and leaves. *on_taken* is
+    awaited once it takes pages again.
+
+    Raises GuestLacksPages, MonitorLost, StreamUnknown, DamagedData, and what *reach* raises.
+    """
+    plan = await asyncio.to_thread(handover.read, stream, pages.images)
+    with Feed(wire, plan.opening.ram, plan.large, pages, on_progress) as feed:
+        await reach()
+        async with speaking(wire, plan, feed) as source, told(words, source):
+            await source.taken_up()
+            await on_taken()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(source.listen(group))
+                group.create_task(source.sent())
 
 
 def _first(failed: BaseException) -> BaseException:
     return _first(failed.exceptions[0]) if isinstance(failed, BaseExceptionGroup) else failed
-
-
-async def _of_qemu(monitor: Monitor) -> str:
-    """What QEMU says of a wire that was cut. Raises MonitorLost: it has ended."""
-    try:
-        async with asyncio.timeout(_SAYS_WITHIN):  # its main loop may wait for a page as well
-            now = await migration.query(monitor)
-    except TimeoutError:
-        return "the connection was cut"
-    return now.error_desc or f"the connection was cut, and the migration is {now.status}"
