@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
-from qmpsnap.errors import HalfMissing, SnapError, StoreError, StoreRefused
+from qmpsnap.errors import HalfMissing, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.store import filling, pages
 from qmpsnap.store.filling import Span
 
@@ -108,8 +108,9 @@ class Demand:
             try:
                 await _now(pair).fill(self._folder, report, near=self._near, spans=spans())
                 break
-            except (StoreError, StoreRefused, HalfMissing) as dead:
-                # a store that is not mounted looks like one that has lost the half
+            except (StoreError, StoreRefused, HalfMissing, LocalFailed, OSError) as dead:
+                # a store that is not mounted looks like one that has lost the half; somebody may
+                # make room, or let us start processes again
                 self._told(str(dead))
                 await asyncio.sleep(again)
             except SnapError as failed:
