@@ -18,7 +18,7 @@ from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, RamImage
 from qmpsnap.store.remote import Store
-from tests.rig.halves import manifest, storage
+from tests.rig.halves import ID, manifest, storage
 
 MIB = 1 << 20
 
@@ -53,12 +53,14 @@ async def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
     ram = msgspec.structs.replace(sealed.ram, index="vmstate/ram.index", images=images)
     roots = Roots(LocalRoot(tmp_path), Store(StoreRoot(tmp_path)))
     pair = Failing(
-        roots, "web", "", storage(), msgspec.structs.replace(sealed, ram=ram, version=2), "", False,
+        roots, "web", ID, storage(), msgspec.structs.replace(sealed, ram=ram, version=2), "", False,
         until=[0, 3 * MIB, 2 * MIB, 4 * MIB, 6 * MIB],
     )  # fmt: skip
-    images_coming = Demand(pair, pair, tmp_path, [])
+    told: list[str] = []
+    images_coming = Demand(pair, pair, tmp_path, [], told.append)
     await images_coming.all()
     assert images_coming.failed is None
+    assert [one for one in told if one] == ["the store does not answer"] * 5
     whole = [(0, 0, 4 * MIB), (1, 0, MIB), (2, 0, 3 * MIB)]
     rest = [(0, 3 * MIB, MIB), *whole[1:]]
     # what had been told of once stays told
