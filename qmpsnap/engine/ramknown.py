@@ -41,7 +41,7 @@ async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
     """
     found, here = Known(), await asyncio.to_thread(_indexes_here, roots, vm)
     if lenders is None:
-        return Known(here)
+        return Known(await asyncio.to_thread(_held, roots, vm, here))
     async with roots.store.lasting() as store:
         try:
             own = here or await _newest_own(roots, store, vm)
@@ -52,7 +52,7 @@ async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
                     found.lent.extend((other, one) for one in lent)
         except StoreError as dead:
             log.info("what the store has of the RAM of %s is not known: %s", vm, dead)
-            return Known(here)
+            return Known(await asyncio.to_thread(_held, roots, vm, here))
     return found
 
 
@@ -98,6 +98,18 @@ async def _whole(roots: Roots, store: Store, vm: str, index: Index) -> Index:
         return index
     log.warning("%d packs of the RAM of %s are lost: what lies there is stored anew", len(lost), vm)
     return index.without(lost)
+
+
+def _held(roots: Roots, vm: str, indexes: Sequence[Index]) -> list[Index]:
+    """Of *indexes* what does not hang on another VM's packs that are not linked yet."""
+    hoped = {
+        pack.blake3
+        for one in local.survey(roots.local, vm)
+        if one.paired is None and one.spooled is not None
+        for pack in one.spooled.packs
+        if pack.origin is not None
+    }
+    return [one.without(hoped) if hoped else one for one in indexes]
 
 
 def _waiting(roots: Roots, vm: str, packs: Set[str]) -> set[str]:

@@ -269,6 +269,12 @@ async def test_page_images_stay_until_what_is_lent_has_come(host, tmp_path):
     lent = [("golden", golden.known[IDS[0]])]
     for id in IDS[1:3]:
         host.taken(id, IMAGE | {60: page(id)}, lent=lent)
+    # who cannot ask the store does not rely on what it has still to give
+    for known in (
+        await ramknown.known(host.roots(), "web", None),
+        await ramknown.known(Roots(host.local, Store(host.store, command=("false",))), "web", []),
+    ):
+        assert [len(one) for one in known.own] == [1, 1]
     roots = host.roots(ram_images=0)
     await ramstore.trimmed(roots, "web")
     assert {"0.pages", "pages.json"} <= set(names(host.local.ram("web", IDS[1])))
