@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from qmpsnap import Engine, Machine
+from qmpsnap.engine import feeding
 from qmpsnap.engine.arrivals import STATUS
 from qmpsnap.engine.restore import Restoration, Restored
 from qmpsnap.engine.wishes import Wishes
@@ -256,7 +257,7 @@ async def test_the_engine_may_die_and_the_store_go_away(short: Path, store: Path
 
 
 @pytest.mark.timeout(400)
-async def test_every_page_comes(short: Path, store: Path) -> None:
+async def test_every_page_comes(short: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into a guest that stays paused, so that what it has can be compared."""
     async with booted(binary("11.1"), short, memory=_MEMORY) as guest:
         engine = Engine(short / "local", store, allow_local_store=True, ram_images=0)
@@ -303,7 +304,9 @@ async def test_every_page_comes(short: Path, store: Path) -> None:
         scene.gate.unlink(missing_ok=True)
         engine = scene.engine()
         ready = await engine.prepare_restore("web", Restoration(short / "to2"))
-        killing = group.create_task(_killed_once(scene))
+        let_go, go = asyncio.Event(), feeding.Feeder.go
+        monkeypatch.setattr(feeding.Feeder, "go", lambda one: (go(one), let_go.set()))
+        killing = group.create_task(_killed_once(scene, let_go))
         async with engine.restored(ready) as again:
             assert killing.done()
             with witness(again.machine.socket) as eye:
@@ -311,9 +314,8 @@ async def test_every_page_comes(short: Path, store: Path) -> None:
     assert scene.traces() == []
 
 
-async def _killed_once(scene: Scene) -> None:
-    """Who brings RAM is killed once the guest has been let run; then all may come."""
-    status = scene.home / "to2" / STATUS
-    await seen(lambda: status.exists() and json.loads(status.read_text())["done_bytes"])
+async def _killed_once(scene: Scene, let_go: asyncio.Event) -> None:
+    """Who brings RAM is killed once the guest may run; then all may come."""
+    await let_go.wait()
     await killed(scene.local)
     scene.gate.touch()

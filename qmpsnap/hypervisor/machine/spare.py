@@ -7,7 +7,6 @@ with a command that this loop runs; a session that was greeted before goes past 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import json
 import os
@@ -116,6 +115,8 @@ def taken(process: int, descriptor: int) -> Iterator[Session]:
         pidfd = os.pidfd_open(process)
     except OSError as gone:
         raise MonitorAbsent(f"there is no process {process} any more") from gone
+    import ctypes  # few need it, and it takes its time
+
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         number = libc.syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
