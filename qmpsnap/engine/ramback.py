@@ -17,6 +17,7 @@ from qmpsnap.engine.feeding import Feeder
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.verdict import Row, row
 from qmpsnap.errors import DamagedData, LocalFailed
+from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.machine.cmdline import CommandLine
 from qmpsnap.hypervisor.machine.launch import Launched
 from qmpsnap.hypervisor.machine.mapping import mapped
@@ -129,27 +130,47 @@ def _lacking(pair: Pair) -> str:
     return ""
 
 
-async def filled(pair: Pair, memory: Memory, report: Report) -> None:
-    """The images are there: those that are not come from the chunks of the store.
+async def filled(pair: Pair, memory: Memory, to: Path, report: Report) -> Memory:
+    """The images are there: those that are not come from the chunks of the store, into *to*.
 
+    Those that are read as a whole are checked before; if they are damaged, the store's are taken.
     Raises DamagedData, StoreError, LocalFailed.
     """
     if memory.folder is None or memory.way is Way.DEMAND:
-        return
-    if not memory.lacking:
-        await _held(memory)
-        return
+        return memory
+    if not memory.lacking and (wrong := await _wrong(pair, memory, report)):
+        if memory.way is Way.MAPPED:
+            raise DamagedData(wrong, hint=f"remove {memory.folder}: the store has all of it")
+        log.warning("%s", wrong)
+        folder = to / _FOLDER
+        images = {one: filling.image(folder, n) for n, one in enumerate(memory.images)}
+        memory = replace(memory, folder=folder, images=images, lacking=wrong)
+    if memory.lacking:
+        await _made(pair, memory, report)
+    if memory.way is Way.MAPPED:
+        await asyncio.to_thread(ramplace.held, list(memory.images.values()))
+    return memory
+
+
+async def _wrong(pair: Pair, memory: Memory, report: Report) -> str:
+    """What is wrong with images that are to be read; empty if nothing is."""
+    if not memory.joined or memory.folder is None:
+        return ""
+
+    def tell(done: int, total: int, what: str) -> None:
+        report("checking RAM", done, total)
+
+    found = await in_background(pages.wrong, memory.folder, pair.entry(INDEX).blake3, tell)
+    return "".join(found[:1])
+
+
+async def _made(pair: Pair, memory: Memory, report: Report) -> None:
+    assert memory.folder is not None
     log.info("the RAM of %s %s comes from the store: %s", pair.vm, pair.id, memory.lacking)
     with files.told(memory.folder, LocalFailed):
         await asyncio.to_thread(memory.folder.mkdir, 0o700, parents=True, exist_ok=True)
     near = await asyncio.to_thread(pages.indexes, pair.roots.local, pair.vm)
     await pair.fill(memory.folder, report, near=[path.parent for path in near])
-    await _held(memory)
-
-
-async def _held(memory: Memory) -> None:
-    if memory.way is Way.MAPPED:
-        await asyncio.to_thread(ramplace.held, list(memory.images.values()))
 
 
 async def loaded(
@@ -183,7 +204,7 @@ async def loaded(
             await feeder.ended()
             log.warning("all RAM is loaded before the guest runs: %s", why)
             memory = replace(memory, way=Way.STREAM, joined=dict.fromkeys(memory.images, why))
-            await filled(pair, memory, report)
+            await filled(pair, memory, to, report)
 
         async def feed(fd: int) -> None:
             await _fed(pair, memory, fd, to, report)

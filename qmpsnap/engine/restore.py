@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,11 @@ async def built(ready: Ready, report: Report) -> Ready:
         for one in ready.fetched:
             await ready.pair.fetch(one.entry, Path(ready.relocated.moved[one.path]))
         await companion.placed(ready)
-        await ramback.filled(ready.pair, ready.memory, report)
+        memory = await ramback.filled(ready.pair, ready.memory, wish.to, report)
     except BaseException:
         await finish(asyncio.to_thread(unmade, ready), within=60)
         raise
-    return ready
+    return replace(ready, memory=memory)
 
 
 @asynccontextmanager

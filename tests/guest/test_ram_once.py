@@ -58,6 +58,11 @@ async def test_a_series_shares_its_ram(short: Path, store: Path, memory: Path) -
     with harmed(image, flipped(_content(images[image]))):
         found = (await engine.verify("web")).findings
         assert any(str(image) in one.what for one in found), found
+        # who reads all of it takes no such page
+        ready = await engine.prepare_restore("web", Restoration(short / "sound", eager=True))
+        assert str(image) in ready.memory.lacking
+        assert (short / "sound/ram" / image.name).read_bytes() == images[image]
+        shutil.rmtree(short / "sound")
     async with back(engine, "web", Restoration(short / "one")) as (one, console):
         assert one.ram == "mapped"
         here = await console.witness(within=60)
