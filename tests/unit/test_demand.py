@@ -56,9 +56,11 @@ async def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
         roots, "web", "", storage(), msgspec.structs.replace(sealed, ram=ram, version=2), "", False,
         until=[0, 3 * MIB, 2 * MIB, 4 * MIB, 6 * MIB],
     )  # fmt: skip
-    images_coming = Demand(pair, pair, tmp_path, [])
+    told: list[str] = []
+    images_coming = Demand(pair, pair, tmp_path, [], told.append)
     await images_coming.all()
     assert images_coming.failed is None
+    assert set(told) == {"", "the store does not answer"}
     whole = [(0, 0, 4 * MIB), (1, 0, MIB), (2, 0, 3 * MIB)]
     rest = [(0, 3 * MIB, MIB), *whole[1:]]
     # what had been told of once stays told
