@@ -120,8 +120,9 @@ class Demand:
 
 def _now(pair: Pair) -> Pair:
     """*pair* where it is by now: what was in the spool may have been shipped."""
-    spool = pair.roots.local.spool(pair.vm, pair.id)
-    return replace(pair, spooled=False) if pair.spooled and not spool.is_dir() else pair
+    if pair.spooled and not pair.roots.local.spool(pair.vm, pair.id).is_dir():
+        return replace(pair, spooled=False)
+    return pair
 
 
 @asynccontextmanager

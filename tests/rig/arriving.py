@@ -21,11 +21,11 @@ from qmpsnap.store import half, worker
 
 gate, fill = Path(sys.argv[1]), half.fill
 
-def gated(root, request, progress, sources):
+def gated(root, request, progress, *more):
     while any(length > 1 << 20 for _, _, length in request.spans or ()) and not gate.exists():
         progress(0, 1, "")
         time.sleep(0.05)
-    return fill(root, request, progress, sources)
+    return fill(root, request, progress, *more)
 
 half.fill = gated
 worker.main()
