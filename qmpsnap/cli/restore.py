@@ -123,6 +123,8 @@ async def restore(
         limited.show(out, ready.limits)
     if no_start:
         _show_command(out, ready)
+        if ready.memory.way == "mapped" and ram_in is None:
+            out.notice(f"it maps pages in {ready.memory.folder}: the next create may remove them")
         return
     async with engine.restored(ready, detach=detach) as back:
         _show(out, back)
