@@ -32,8 +32,8 @@ from qmpsnap.store.local import mark_paired, survey
 from qmpsnap.store.pack import compress
 from qmpsnap.store.remote import Store
 from tests.rig.halves import FILES, HOST, ID, LATER, RAM, names, paired, spooled
+from tests.rig.packed import IDS, Series
 from tests.rig.ram import page
-from tests.rig.series import IDS, Series
 
 NFS = Path("/mnt/nfs")
 SILENT = [sys.executable, "-c", "import sys; sys.stdin.read()"]

@@ -1,142 +1,191 @@
-"""Snapshots of VMs that share RAM, on a store of files: made, shipped, removed, looked at."""
+"""A VM's paired snapshots without a VM: real images, both halves sealed, and a model of each."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+import random
+import subprocess
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+from blake3 import blake3
 
-from qmpsnap.errors import PacksMissing
-from qmpsnap.store import chunking, half, shared, wire
-from qmpsnap.store.files import digest_file
+from qmpsnap import Engine, Machine
+from qmpsnap.engine import chains
+from qmpsnap.engine.roots import host_id
+from qmpsnap.ids import SnapshotId
+from qmpsnap.store import digests, increment, local, points
+from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import LocalRoot, StoreRoot
-from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
-from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.remaking import remade
-from tests.rig.halves import spooled
-from tests.rig.ram import PAGE, page, write_image
+from qmpsnap.store.manifest import Disk, FileEntry, Storage, encode
+from tests.rig.halves import manifest, paired
 
-IDS = [f"2026112{day}T165057123Z" for day in range(1, 6)]
-SIZE = 64 * PAGE
-CHUNK = 4 * PAGE
-
-
-def quiet(_done: int, _total: int, _what: str) -> None:
-    """Progress that nobody is told of."""
+VM = "web"
+CLUSTER = 65536
+CLUSTERS = 24
+SIZE = CLUSTERS * CLUSTER
+Format = Literal["qcow2", "raw"]
 
 
+@dataclass
 class Series:
-    """A VM's snapshots on a store, made one after the other; each RAM is kept to be compared."""
+    """Points of the VM `web` under *dir* and *store*; *model*: what each disk of a point reads as.
 
-    def __init__(self, path: Path, vm: str = "web", store: StoreRoot | None = None) -> None:
-        self.path, self.local, self.vm = path, LocalRoot(path / "local"), vm
-        self.store = store or StoreRoot(path / "store")
-        self.store.path.mkdir(exist_ok=True)
-        self.known: dict[str, Index] = {}
+    One point an hour, the first one long ago.
+    """
 
-    def spool(
+    dir: Path
+    store: Path
+    model: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    chance: random.Random = field(default_factory=lambda: random.Random(7))
+    _taken: datetime = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+    def __post_init__(self) -> None:
+        self.dir.mkdir(exist_ok=True)
+        self.store.mkdir(exist_ok=True)
+
+    @property
+    def root(self) -> LocalRoot:
+        return LocalRoot(self.dir / "local")
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.root.path, self.store, allow_local_store=True)
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(VM)
+
+    def add(
         self,
-        id: str,
-        pages: dict[int, bytes],
-        *known: str,
-        lent: Sequence[tuple[str, Index]] = (),
-        pack_bytes: int = chunking.PACK,
-    ) -> Manifest:
-        """A sealed spool, whose packs lie in the folder that snapshots share."""
-        spool = spooled(self.local, self.vm, id)
-        self.local.shared(self.vm).mkdir(exist_ok=True)
-        kept = chunking.keep(
-            [write_image(self.path / id / "pc.ram", pages, SIZE)],
-            self.local.shared(self.vm),
-            [self.known[one] for one in known],
-            stored_pages=[len(pages)],
-            lent=lent,
-            chunk_bytes=CHUNK,
-            pack_bytes=pack_bytes,
+        on: dict[str, str | None],
+        *,
+        revision_of: str | None = None,
+        format: Format = "qcow2",
+        overlay: bool = False,
+    ) -> str:
+        """A new point, each of whose disks (by label) stands on the point given, or on nothing.
+
+        Its name. A full is of *format*; *overlay*: its disks are frozen files of the VM's own.
+        """
+        self._taken += timedelta(hours=1)
+        moment = str(SnapshotId.of(self._taken))
+        id = revision_of or moment
+        name = f"{id}/{moment}" if revision_of else id
+        folder = self.root.point(VM, name)
+        folder.mkdir(mode=0o700, parents=True)
+        disks = [self._disk(name, label, on[label], format, overlay=overlay) for label in on]
+        storage = Storage(
+            id=id,
+            vm=VM,
+            host=host_id(),
+            taken_at=self._taken.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            revision=1 if revision_of else 0,
+            revision_id=moment if revision_of else None,
+            level="overlay" if overlay else "inc" if any(on.values()) else "full",
+            disks=disks,
+            left_out=[],
         )
-        self.known[id] = kept.known
-        (spool / "vmstate/ram.index").write_bytes(kept.index)
-        size, digest = digest_file(spool / "vmstate/ram.index")
-        entry = FileEntry(name="vmstate/ram.index", bytes=size, blake3=digest)
-        path = spool / "manifest.json"
-        sealed = decode(path.read_bytes(), Manifest, path)
-        ram = msgspec.structs.replace(sealed.ram, index=entry.name, images=list(kept.images))
-        made = msgspec.structs.replace(
-            sealed, version=2, files=[*sealed.files, entry], ram=ram, packs=list(kept.packs)
+        digest = local.seal(self.root, VM, storage)
+        if not overlay:
+            digests.take(folder, name, [Path(one.chain[0].path).name for one in disks])
+        if revision_of is None:
+            self._pair(id, storage, digest)
+        return name
+
+    def chain(self, count: int, **first: Format) -> list[str]:
+        """A full and increments, each on the one before."""
+        names = [self.add({"vda": None}, **first)]
+        for _ in range(count - 1):
+            names.append(self.add({"vda": names[-1]}))
+        return names
+
+    def read(self, name: str, label: str = "vda") -> bytes:
+        """What the disk reads as at a point, with qemu-img alone."""
+        there = points.read(self.root, VM)
+        top = there.images(there.by_name[name], label)[0]
+        raw = self.dir / "read.raw"
+        subprocess.run(
+            ["qemu-img", "convert", "-f", top.format, "-O", "raw", top.path, raw], check=True
         )
-        path.write_bytes(encode(made))
-        return made
+        content = raw.read_bytes()
+        raw.unlink()
+        return content
 
-    def ship(self, id: str, instead: Mapping[str, Named] | None = None) -> wire.Shipped:
-        """As the engine: shipped, the spool removed, and the copies that went with it."""
-        spool = self.local.spool(self.vm, id)
-        request = wire.Ship(
-            root=str(self.store.path), vm=self.vm, id=id, spool=str(spool), device=None,
-            shared=str(self.local.shared(self.vm)), instead=dict(instead or {}),
-        )  # fmt: skip
-        shipped = half.ship(self.store, request, quiet)
-        for path in sorted(spool.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        spool.rmdir()
-        shared.sweep_local(self.local, self.vm)
-        return shipped
+    async def expect(self, *names: str, sound: bool = True) -> None:
+        """Each disk of each point reads as the model says; with *sound*, `verify` agrees."""
+        there = points.read(self.root, VM)
+        for name in names:
+            for disk in there.by_name[name].storage.disks:
+                assert self.read(name, disk.label) == self.model[name, disk.label], name
+            if sound:
+                found = await chains.check(self.root, VM, name.split("/")[0], lambda *_: None)
+                assert found == []
 
-    def remove(self, id: str) -> None:
-        waiting = shared.awaited(self.local, self.vm)
-        assert waiting is not None
-        request = wire.Remove(root=str(self.store.path), vm=self.vm, id=id, waiting=sorted(waiting))
-        half.remove(self.store, request, quiet)
-
-    def remade(self, id: str, lost: PacksMissing) -> dict[str, Named]:
-        """As the engine: what is lost is made again from the page images of *id*."""
-        near = self.path / f"near-{id}"
-        near.mkdir(exist_ok=True)
-        shutil.copy(self.path / id / "pc.ram", near / "0.pages")
-        (near / "ram.index").write_bytes(self.known[id].encode())
-        return remade(self.known[id], lost.packs, [near], self.local.shared(self.vm))
-
-    def verify(self, id: str) -> list[wire.Problem]:
-        request = wire.Verify(root=str(self.store.path), vm=self.vm, id=id, seal=None)
-        return half.verify(self.store, request, quiet)
-
-    def whole(self, *ids: str) -> None:
-        """Each is as it was taken, to the last byte, by all that looks at it."""
-        for id in ids:
-            assert self.verify(id) == []
-            glance = wire.Glance(root=str(self.store.path), vm=self.vm, id=id, seal=None, texts=[])
-            assert half.glance(self.store, glance, quiet).troubles == {}
-            to = self.path / "back" / id
-            to.mkdir(parents=True, exist_ok=True)
-            fill = wire.Fill(
-                root=str(self.store.path), vm=self.vm, id=id, seal=None, to=str(to), near=[]
+    def _disk(
+        self, name: str, label: str, parent: str | None, format: Format, *, overlay: bool
+    ) -> Disk:
+        before = bytearray(self.model[parent, label] if parent else bytes(SIZE))
+        # what was written, and may be as it was; what was written and is zeros; what is no more
+        dirty = self.chance.sample(range(CLUSTERS), 4 if parent else 9)
+        for number, cluster in enumerate(dirty):
+            size = (CLUSTER, CLUSTER, 512, 4096)[number % 4]
+            old = before[cluster * CLUSTER : cluster * CLUSTER + size]
+            new = (bytes(size), self.chance.randbytes(size), old)[number % 3]
+            before[cluster * CLUSTER : cluster * CLUSTER + size] = new
+        content = self.model[name, label] = bytes(before)
+        if parent is None:
+            path = self.root.image(VM, name, label, format)
+            if overlay:
+                path = self.dir / f"{label}.{format}"
+            raw = path.with_suffix(".source")
+            raw.write_bytes(content)
+            subprocess.run(
+                ["qemu-img", "convert", "-f", "raw", "-O", format, raw, path], check=True
             )
-            half.fill(self.store, fill, quiet)
-            assert (to / "0.pages").read_bytes() == (self.path / id / "pc.ram").read_bytes()
+            raw.unlink()
+        else:
+            format = "qcow2"
+            path = self.root.image(VM, name, label, format)
+            beneath = points.read(self.root, VM).by_name[parent].disk(label)
+            assert beneath is not None
+            image = beneath.chain[0]
+            backing = f"{'../' * (1 + name.count('/'))}{parent}/{Path(image.path).name}"
+            increment.write(
+                path,
+                virtual_size=SIZE,
+                backing=image.path if beneath.level == "overlay" else backing,
+                backing_format=image.format,
+                extents=[(cluster * CLUSTER, CLUSTER) for cluster in dirty],
+                read=lambda pieces: [content[at : at + length] for at, length in pieces],
+                reserve=0,
+                limit=None,
+                cancelled=lambda: False,
+                on_progress=None,
+            )
+        return Disk(
+            label=label,
+            device=label,
+            qdev=None,
+            origin=label,
+            node=label,
+            role="disk",
+            level="overlay" if overlay else "inc" if parent else "full",
+            virtual_size_bytes=SIZE,
+            chain=[examine_image(path, format, SIZE)],
+            overlay=None,
+            parent=parent,
+        )
 
-
-def changing(step: int) -> dict[int, bytes]:
-    """RAM of which much changes from snapshot to snapshot, some never, some comes again."""
-    return {at: page((at, min(step, at // 16), at // 4 % 5 == step)) for at in range(64)}
-
-
-def taken(series: Series, count: int = 5) -> None:
-    for step, id in enumerate(IDS[:count]):
-        series.spool(id, changing(step), *IDS[max(0, step - 1) : step])
-        series.ship(id)
-
-
-def sparse(series: Series) -> tuple[str, ...]:
-    """Three snapshots; once the first goes, little of its pack is needed."""
-    series.spool(IDS[0], {at: page(at) for at in range(64)})
-    series.ship(IDS[0])
-    for step, id in enumerate(IDS[1:3]):
-        own = {at: page((at, step)) for at in range(32, 48)}
-        series.spool(id, {at: page(at) for at in range(8)} | own, IDS[0])
-        series.ship(id)
-    return tuple(IDS[1:3])
-
-
-class Cut(BaseException):
-    """The process ends here."""
+    def _pair(self, id: str, storage: Storage, storage_blake3: str) -> None:
+        text = b'{"cpus": 2}\n'
+        entry = FileEntry(name="machine.json", bytes=len(text), blake3=blake3(text).hexdigest())
+        half = manifest([entry], storage_blake3, id=id, vm=VM, host=host_id())
+        sealed = encode(msgspec.structs.replace(half, taken_at=storage.taken_at))
+        path = StoreRoot(self.store).manifest(VM, id)
+        path.parent.mkdir(parents=True)
+        (path.parent / "machine.json").write_bytes(text)
+        path.write_bytes(sealed)
+        local.mark_paired(self.root, VM, paired(blake3(sealed).hexdigest(), id=id))

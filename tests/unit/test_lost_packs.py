@@ -16,8 +16,8 @@ from qmpsnap.store.manifest import Manifest
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.remote import Store
 from tests.rig.halves import names
+from tests.rig.packed import IDS, Series
 from tests.rig.ram import page
-from tests.rig.series import IDS, Series
 
 IMAGE = {at: page(at) for at in range(48)}
 

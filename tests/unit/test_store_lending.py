@@ -12,8 +12,8 @@ import pytest
 from qmpsnap.errors import PacksMissing, StoreError
 from qmpsnap.store import half, lending, moved, sweeping, wire
 from tests.rig.halves import names
+from tests.rig.packed import IDS, Cut, Series, changing, quiet
 from tests.rig.ram import page
-from tests.rig.series import IDS, Cut, Series, changing, quiet
 
 IMAGE = {at: page(at) for at in range(48)}
 """What the RAM of all machines of one image has in common."""

@@ -19,8 +19,8 @@ from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.local import read_storage
 from qmpsnap.store.remote import Store
 from tests.rig.halves import names
+from tests.rig.packed import CHUNK, IDS, SIZE, Cut, Series, changing, quiet, sparse, taken
 from tests.rig.ram import page, write_image
-from tests.rig.series import CHUNK, IDS, SIZE, Cut, Series, changing, quiet, sparse, taken
 
 
 @pytest.fixture

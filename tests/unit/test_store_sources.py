@@ -12,8 +12,8 @@ from qmpsnap.store import filling, half, moved, ramindex, sweeping, wire
 from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.sources import Sources
+from tests.rig.packed import CHUNK, IDS, SIZE, Series, changing, quiet, sparse
 from tests.rig.ram import PAGE, page, write_image
-from tests.rig.series import CHUNK, IDS, SIZE, Series, changing, quiet, sparse
 
 
 class Asking:
