@@ -31,8 +31,16 @@ class Child:
 
     async def gone(self, within: float | None = None) -> None:
         """Return when it has ended. Raises TimeoutError after *within* seconds."""
-        async with asyncio.timeout(within):
-            await gone(self.pidfd)
+        loop, seen = asyncio.get_running_loop(), asyncio.Event()
+        # asyncio watches a descriptor once: two who wait for the same need one each
+        own = os.dup(self.pidfd)
+        loop.add_reader(own, seen.set)
+        try:
+            async with asyncio.timeout(within):
+                await seen.wait()
+        finally:
+            loop.remove_reader(own)
+            os.close(own)
 
     def send(self, number: signal.Signals) -> None:
         """Send it the signal *number*, if it still is."""
@@ -96,17 +104,3 @@ async def started(
         os.close(pidfd)
         if not detached:
             process.wait()
-
-
-async def gone(pidfd: int) -> None:
-    """Return when the process of *pidfd* has ended."""
-    loop = asyncio.get_running_loop()
-    seen = asyncio.Event()
-    # asyncio watches a descriptor once: two who wait for the same need one each
-    own = os.dup(pidfd)
-    loop.add_reader(own, seen.set)
-    try:
-        await seen.wait()
-    finally:
-        loop.remove_reader(own)
-        os.close(own)

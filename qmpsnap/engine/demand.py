@@ -53,7 +53,7 @@ class Demand:
         return self._images
 
     async def ready(self, block: str, start: int, length: int) -> None:
-        """Return once these bytes of *block* are in its image. Raises DamagedData, LocalFailed."""
+        """Return once these bytes of *block* are in its image. Raises DamagedData."""
         number = self._blocks[block]
         end = sum(self._sizes[:number]) + start + length
         if length <= _ASKED:

@@ -204,7 +204,7 @@ async def loaded(
             await feeder.ended()
             log.warning("all RAM is loaded before the guest runs: %s", why)
             memory = replace(memory, way=Way.STREAM, joined=dict.fromkeys(memory.images, why))
-            await filled(pair, memory, to, report)
+            memory = await filled(pair, memory, to, report)
 
         async def feed(fd: int) -> None:
             await _fed(pair, memory, fd, to, report)

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from qmpsnap.child import Lifetime
 from qmpsnap.engine import arrivals, companion, dependents, feeding, fitness, ramback
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
@@ -102,7 +103,7 @@ async def restored(
     control group that the kernel refuses; what was built is removed then.
     """
     begun = False
-    lifetime: Literal["detached", "with-us"] = "detached" if detach else "with-us"
+    lifetime: Lifetime = "detached" if detach else "with-us"
     try:
         async with (
             _caged(ready) as group,
@@ -154,9 +155,7 @@ async def _caged(ready: Ready) -> AsyncIterator[cage.Cage | None]:
 
 
 @asynccontextmanager
-async def _accompanied(
-    ready: Ready, lifetime: Literal["detached", "with-us"]
-) -> AsyncIterator[None]:
+async def _accompanied(ready: Ready, lifetime: Lifetime) -> AsyncIterator[None]:
     """What has to be there before QEMU starts is there for the block."""
     if ready.tpm is None:
         yield

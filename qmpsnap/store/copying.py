@@ -161,13 +161,13 @@ class _Copy:
         return LocalFailed(f"{self._src}: ends at {end} bytes now: somebody writes to it")
 
 
-def extents(descriptor: int, size: int) -> Iterator[Extent]:
-    """Where *descriptor* is not a hole; all of it where that cannot be told. Raises OSError."""
-    at = 0
+def extents(descriptor: int, size: int, start: int = 0) -> Iterator[Extent]:
+    """Where *descriptor* is no hole from *start* to *size*; all where nobody can tell. OSError."""
+    at = start
     while at < size:
         try:
-            start = os.lseek(descriptor, at, os.SEEK_DATA)
-            at = os.lseek(descriptor, start, os.SEEK_HOLE)
+            begin = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = os.lseek(descriptor, begin, os.SEEK_HOLE)
         except OSError as failed:
             if failed.errno == errno.ENXIO:
                 return
@@ -175,7 +175,8 @@ def extents(descriptor: int, size: int) -> Iterator[Extent]:
                 raise
             yield at, size - at
             return
-        yield start, min(at, size) - start
+        if begin < size:
+            yield begin, min(at, size) - begin
 
 
 def data_runs(content: bytes | bytearray, block: int) -> Iterator[tuple[int, int]]:

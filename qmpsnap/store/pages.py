@@ -7,7 +7,6 @@ of RAM, `0.pages` and so on, in the order of `ram.index`, or a link to where the
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -20,7 +19,7 @@ from blake3 import blake3
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
 from qmpsnap.store import pageplace, ramindex
-from qmpsnap.store.copying import data_runs
+from qmpsnap.store.copying import data_runs, extents
 from qmpsnap.store.files import (
     Progress,
     digest_file,
@@ -194,18 +193,13 @@ def _paths(folder: Path, pages: Pages) -> list[Path]:
 def _pages(descriptor: int, start: int, end: int) -> int:
     """How many pages from *start* to *end*, in bytes, hold something. Raises OSError."""
     found = 0
-    while start < end:
-        try:
-            start = os.lseek(descriptor, start, os.SEEK_DATA)
-        except OSError as failed:
-            if failed.errno != errno.ENXIO:  # nothing but a hole to the end
-                raise
-            break
-        # a hole need not be one for ever: what is read through a mapping is there, on tmpfs
-        content = os.pread(descriptor, min(_PIECE, end - start), start) if start < end else b""
-        if content != bytes(len(content)):
-            found += sum(-(-(stop - at) // _PAGE) for at, stop in data_runs(content, _PAGE))
-        start += _PIECE
+    for first, length in extents(descriptor, end, start):
+        for at in range(first, first + length, _PIECE):
+            # a hole need not be one for ever: what is read through a mapping is there, on tmpfs
+            content = os.pread(descriptor, min(_PIECE, first + length - at), at)
+            if content != bytes(len(content)):
+                runs = data_runs(content, _PAGE)
+                found += sum(-(-(stop - begin) // _PAGE) for begin, stop in runs)
     return found
 
 
