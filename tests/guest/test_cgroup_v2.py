@@ -31,7 +31,8 @@ def inside(group, *words):
     return subprocess.Popen([*group.words, *words], pass_fds=group.hold, stdout=subprocess.PIPE)
 
 def left():
-    return [one.name for one in TOP.rglob("qmpsnap-*") if one.is_dir()]
+    # os.walk passes over a folder that goes away meanwhile; Path.rglob raises
+    return [one for _, ones, _ in os.walk(TOP) for one in ones if one.startswith("qmpsnap-")]
 
 async def held(place, name):
     async with cage.made(place, name) as group:
