@@ -173,19 +173,6 @@ async def strip_bitmaps(path: Path, *, binary: str = "qemu-img") -> list[str]:
     return names
 
 
-async def set_backing(path: Path, backing: str, format: str, *, binary: str = "qemu-img") -> None:
-    """Write another name and format of the backing file into the qcow2 *path*, durably.
-
-    The name is written as it is given: relative to *path*'s folder, or absolute. It is not opened,
-    and must read as the old one does. Nobody may use *path*.
-
-    Raises LocalFailed.
-    """
-    arguments = ["rebase", "-u", "-f", "qcow2", "-b", backing, "-F", format]
-    await _run([*arguments, _spelled(path)], binary=binary)
-    await asyncio.to_thread(_sync, path)
-
-
 async def rebase(
     path: Path,
     backing: str,

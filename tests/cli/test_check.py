@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tests.cli.conftest import Program, Ran, machine, powered
 from tests.cli.test_verbs import shaped
 from tests.rig.halves import names
 from tests.rig.qemu import binaries, running
+from tests.rig.room import room
 
 HEAD = ["WHAT", "CAPTURED", "HERE", "VERDICT", "WHY"]
 
@@ -314,20 +314,8 @@ async def test_wishes_that_cannot_be(kept: Kept, short: Path) -> None:
 @pytest.fixture
 def small(short: Path) -> Iterator[Path]:
     """A folder on a file system of its own that holds 128 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounts a file system")
     with room(short / "small", "128k") as path:
         yield path
-
-
-@contextmanager
-def room(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
 
 
 async def test_a_folder_without_room(kept: Kept, small: Path) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import subprocess
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +23,7 @@ from tests.faults.bench import Bench, bench, wishes
 from tests.rig import graph
 from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import binary
+from tests.rig.room import room
 
 T = TypeVar("T")
 _BOUND = 0.5  # seconds, on a machine that has other work too; 0.02 is usual
@@ -37,17 +36,6 @@ def bad(short: Path) -> Iterator[BadFs]:
     """A local root that fails when told to."""
     with badfs(short / "local", short / "aside") as it:
         yield it
-
-
-@contextmanager
-def _small(path: Path, size: int = _ROOT) -> Iterator[None]:
-    path.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
-    try:
-        yield
-    finally:
-        # lazily: after a failure somebody may still be at it, and the next test is none of theirs
-        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def _fill(folder: Path, *, leave: int) -> Path:
@@ -162,7 +150,7 @@ async def test_a_root_that_hangs(bad: BadFs, qemu72: Path, short: Path, store: P
 async def test_a_root_that_is_full_is_refused_with_both_figures(
     qemu72: Path, short: Path, store: Path
 ) -> None:
-    with _small(short / "local"):
+    with room(short / "local", _ROOT):
         async with bench(qemu72, short, store) as it:
             await _full(it)
             points = set(it.points())
@@ -180,7 +168,7 @@ async def test_a_root_that_is_full_is_refused_with_both_figures(
 async def test_a_root_that_somebody_else_fills_up_during_the_copy(
     level: Level, leave: int, qemu72: Path, short: Path, store: Path
 ) -> None:
-    with _small(short / "local"):
+    with room(short / "local", _ROOT):
         async with bench(qemu72, short, store) as it:
             await _full(it)
             points = set(it.points())
@@ -203,7 +191,7 @@ async def test_a_guest_without_room_for_its_overlay_is_not_copied(
     qemu72: Path, short: Path, store: Path
 ) -> None:
     disks = short / "disks"
-    with _small(disks):
+    with room(disks, _ROOT):
         async with bench(qemu72, short, store, disks=disks) as it:
             filler = _fill(disks, leave=20 << 20)  # two disks of 16 MiB could be rewritten
             with pytest.raises(Blocked, match=rf"{32 << 20} bytes have to be free") as refused:
@@ -222,7 +210,7 @@ async def test_a_guest_that_lost_the_room_for_its_overlay_runs_again_after_the_c
     qemu72: Path, short: Path, store: Path
 ) -> None:
     disks = short / "disks"
-    with _small(disks, 300 << 20):
+    with room(disks, 300 << 20):
         image = disk(disks / "d0.qcow2", size="128M")
         drive = blockdev(image, "d0", "qcow2", device="vd0")
         async with booted(qemu72, short, disks=drive) as guest:

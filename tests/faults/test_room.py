@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.remote import Store
 from tests.faults.bench import Bench, bench, wishes
 from tests.rig.qemu import binary
+from tests.rig.room import room
 from tests.rig.wire import Fault
 
 _HANGS = (sys.executable, "-c", "import time; time.sleep(600)")
@@ -78,11 +78,8 @@ async def test_a_store_that_goes_away_after_the_instant_gets_its_half_later(
 @pytest.fixture
 def small(short: Path) -> Iterator[Path]:
     """A local root on a file system of its own that holds 4 MiB."""
-    root = short / "local"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", root], check=True)
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with room(short / "local", "4M") as root:
+        yield root
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from qmpsnap.host import ramfiles
 from tests.faults.bench import options
 from tests.rig.graph import status
 from tests.rig.qemu import binary, running
+from tests.rig.room import room
 
 MIB = 1 << 20
 
@@ -24,14 +24,10 @@ MIB = 1 << 20
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system in memory for half of the RAM."""
-    root = tmp_path / "small"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32M", "none", root], check=True)
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with room(tmp_path / "small", "32M") as root:
+        yield root
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 async def test_ram_that_has_no_room_is_not_read(short: Path, store: Path, small: Path) -> None:
     engine = Engine(short / "local", store, allow_local_store=True)
     line, _ = options(short)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from tests.qemu.test_mapping import COUNTER, MIB, NOISE, VERSIONS, counted, counts_on, seen
 from tests.rig.qemu import binary, running
+from tests.rig.room import room
 
 SIZE = 32 * MIB
 # the counter and what it writes, the firmware's clock and stacks
@@ -154,12 +154,8 @@ async def test_a_mapped_machine_is_saved_again(
 @pytest.fixture
 def small(memory: Path) -> Iterator[Path]:
     """A file system in memory that holds one image, and little more."""
-    root = memory.parent / "small"
-    root.mkdir()
-    size = f"size={SIZE + 2 * MIB}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", root], check=True)
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with room(memory.parent / "small", SIZE + 2 * MIB) as root:
+        yield root
 
 
 def filled(folder: Path) -> None:
@@ -170,7 +166,6 @@ def filled(folder: Path) -> None:
     assert os.statvfs(folder).f_bavail == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 async def test_memory_that_is_full_ends_no_machine(
     short: Path, store: Path, memory: Path, small: Path
 ) -> None:

@@ -211,7 +211,7 @@ async def test_convert_the_top_layer_only_and_put_it_on_another_file(base, tmp_p
     assert copy.stat().st_size < 512 << 10  # base has 1 MiB of noise
     assert await qemu_img.same(top, copy, "qcow2")
     shutil.copyfile(base, twin)
-    await qemu_img.set_backing(copy, "../twin.raw", "raw")
+    qemu("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "../twin.raw", "-F", "raw", copy)
     assert [Path(one.filename).name for one in await qemu_img.chain(copy, "qcow2")] == [
         "copy.qcow2",
         "twin.raw",

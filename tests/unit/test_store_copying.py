@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from qmpsnap.errors import LocalFailed
 from qmpsnap.store.copying import Cancelled, Copied, copy
 from tests.rig.halves import names
+from tests.rig.room import room
 
 MIB = 1 << 20
 needs_mounts = pytest.mark.skipif(
@@ -92,11 +93,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that holds 16 MiB."""
-    root = tmp_path / "small"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "none", root], check=True)
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with room(tmp_path / "small", "16M") as root:
+        yield root
 
 
 def test_the_same_bytes_private_and_sparse(source, tmp_path):

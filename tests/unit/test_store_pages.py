@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from qmpsnap.store import chunking, filling, pageplace, pages
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.remote import Store
 from tests.rig.ram import PAGE, holes, page, write_image
+from tests.rig.room import room
 
 COUNT = 160
 SIZE = COUNT * PAGE
@@ -30,14 +30,8 @@ OLD, NEW, NEXT = "20261122T165001000Z", "20261122T165002000Z", "20261122T1650030
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A folder in a memory file system that holds 1 MiB; it is not there yet."""
-    root = tmp_path / "small"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", root], check=True)
-    yield root / "images"
-    subprocess.run(["umount", root], check=True)
-
-
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+    with room(tmp_path / "small", "1M") as root:
+        yield root / "images"
 
 
 def roots(local: Path, within: Path | None = None, ram_images: int = 1) -> Roots:
@@ -124,7 +118,6 @@ def test_rot_is_found_where_there_was_nothing_too(tmp_path: Path, number: int) -
     assert ("1 chunks" if number == 41 else "1 pages that have to be zero") in told
 
 
-@root_only
 def test_images_in_memory_have_no_holes(small: Path, tmp_path: Path) -> None:
     here = roots(tmp_path / "one", small)
     (path,) = taken(here, NEW)
@@ -134,7 +127,6 @@ def test_images_in_memory_have_no_holes(small: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == b"".join(CONTENT.get(n, bytes(PAGE)) for n in range(COUNT))
 
 
-@root_only
 def test_a_local_root_in_memory(
     small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,7 +142,6 @@ def test_a_local_root_in_memory(
     assert "has to find memory" in caplog.text
 
 
-@root_only
 def test_older_images_give_way(small: Path, tmp_path: Path) -> None:
     here = roots(tmp_path / "one", small)
     (old,) = taken(here, OLD)
@@ -190,7 +181,6 @@ def _not_mounted(small: Path, _: Path) -> None:
     small.symlink_to("nowhere/images")
 
 
-@root_only
 @pytest.mark.parametrize("trouble", [_full, _open, _led_away, _no_folder, _not_mounted])
 def test_what_has_no_place_there_lies_on_the_local_root(
     trouble: Callable[[Path, Path], None],
@@ -210,7 +200,6 @@ def test_what_has_no_place_there_lies_on_the_local_root(
     assert sorted(small.parent.rglob("*")) == before  # others' images are no worse for it
 
 
-@root_only
 @pytest.mark.parametrize("short_of", ["memory", "ceiling"])
 def test_no_memory_is_taken_that_others_need(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_of: str
@@ -278,7 +267,6 @@ def test_cut_off_at_every_step(tmp_path: Path, step: str) -> None:
     assert list(here.local.ram("web").iterdir()) == []
 
 
-@root_only
 def test_holes_in_memory_are_filled_before_they_are_mapped(small: Path, tmp_path: Path) -> None:
     small.mkdir()
     write_image(small / "0.pages", CONTENT, SIZE)

@@ -21,6 +21,7 @@ from qmpsnap.store.remote import Store
 from tests.rig.halves import names
 from tests.rig.packed import CHUNK, IDS, SIZE, Cut, Series, changing, quiet, sparse, taken
 from tests.rig.ram import page, write_image
+from tests.rig.room import room
 
 
 @pytest.fixture
@@ -213,11 +214,8 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch):
 @pytest.fixture
 def full(tmp_path):
     """A store with little room."""
-    store = tmp_path / "full/store"
-    store.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "none", store], check=True)
-    yield store
-    subprocess.run(["umount", store], check=True)
+    with room(tmp_path / "full/store", "2M") as store:
+        yield store
 
 
 def test_a_removal_needs_no_room(full):

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import struct
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from qmpsnap.hypervisor.vmstate.stream import examine
 from qmpsnap.hypervisor.vmstate.window import SIZE, Cancelled
 from tests.rig import stream as rig
 from tests.rig.ram import holes, page
+from tests.rig.room import room
 from tests.rig.stream import BLOCKS, DEVICES, PAGE, Content, Made
 
 ABOVE = 10 * PAGE  # bytes; two blocks of the rig are larger
@@ -431,14 +431,10 @@ def test_what_has_no_holes_gets_none(tmp_path: Path) -> None:
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that holds 1 MiB."""
-    root = tmp_path / "small"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", root], check=True)
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with room(tmp_path / "small", "1M") as root:
+        yield root
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 @pytest.mark.parametrize("kind", ["images", "small blocks", "devices"])
 def test_a_full_disk_leaves_nothing_behind(mounted: Path, tmp_path: Path, kind: str) -> None:
     blocks = {"images": {"pc.ram": 400}, "small blocks": {"a": 400}, "devices": {"a": 1}}[kind]
