@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmpsnap.engine import ramstore
 from qmpsnap.engine.capture import Report
-from qmpsnap.engine.roots import Roots, judge, moment
+from qmpsnap.engine.roots import Roots, claimant, judge, moment
 from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, VmBusy
 from qmpsnap.host import lock
 from qmpsnap.host.priority import stoppable
@@ -54,6 +54,7 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
             shared=roots.local.shared(vm),
             instead=instead,
             anew=anew,
+            lease=await claimant(roots, vm),
             on_progress=tell,
         )
 
