@@ -17,6 +17,7 @@ from qmpsnap.ids import is_vm_name
 
 STORE_TIMEOUT = 30.0
 LEASE = 600.0
+SHIP_RETRY = 60.0
 _LEASES = (10.0, 86400.0)
 RAM_IMAGES = 1
 _SYSTEM = Path("/etc/qmpsnap.toml")
@@ -41,7 +42,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too, its pages
     in *ram_images_in* if that is given. *lease* in seconds: how long a VM is this host's on the
-    store.
+    store; *ship_retry*: for how long a delivery that gets no further is tried again.
     """
 
     path: Path | None = None
@@ -50,6 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     allow_local_store: bool = False
     store_timeout: float = STORE_TIMEOUT
     lease: float = LEASE
+    ship_retry: float = SHIP_RETRY
     ram_images: int = RAM_IMAGES
     ram_images_in: Path | None = None
     vms: Mapping[str, Vm] = {}
@@ -67,6 +69,7 @@ class _File(msgspec.Struct, frozen=True):
     allow_local_store: bool = False
     store_timeout: str | None = None
     lease: str | None = None
+    ship_retry: str | None = None
     ram_images: int = RAM_IMAGES
     ram_images_in: str | None = None
     vm: dict[str, dict[str, object]] = {}
@@ -113,6 +116,7 @@ def load(given: Path | None = None) -> Config:
         allow_local_store=file.allow_local_store,
         store_timeout=timeout,
         lease=lease,
+        ship_retry=_seconds(path, "ship_retry", file.ship_retry, SHIP_RETRY),
         ram_images=file.ram_images,
         ram_images_in=_path(path, file.ram_images_in),
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},

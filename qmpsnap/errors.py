@@ -10,7 +10,7 @@ SnapError
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
  │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
  │   ├─ MigrationFailed, LaunchFailed, LocalFailed, StreamUnknown
- │   └─ StoreError: StoreStalled, LeaseLost
+ │   └─ StoreError: StoreAway (StoreStalled), LeaseLost
  ├─ NotShipped (5)            captured; the spool holds the store half
  ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
  │   ├─ GuestLeftStopped, GuestStillFrozen, GuestLacksPages
@@ -155,7 +155,11 @@ class StoreError(Failed):
     pass
 
 
-class StoreStalled(StoreError):
+class StoreAway(StoreError):
+    """The store cannot be reached, or its server has lost track of us: that may pass by itself."""
+
+
+class StoreStalled(StoreAway):
     """The store made no progress within its deadline."""
 
 

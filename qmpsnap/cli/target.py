@@ -68,6 +68,7 @@ class Call:
             ram_images=self.settings.ram_images,
             ram_images_in=self.settings.ram_images_in,
             lease=self.settings.lease,
+            ship_retry=self.settings.ship_retry,
             report=self.out.progress,
         )
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from qmpsnap.config import LEASE
+from qmpsnap.config import LEASE, SHIP_RETRY
 from qmpsnap.engine import (
     boot,
     clones,
@@ -62,6 +62,7 @@ class Engine(Reader):
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root
     as well, from where it comes back at once; with *ram_images_in* its pages lie in that folder.
     *lease*: for how many seconds a VM stays this host's on the store after its last work there.
+    *ship_retry*: for how many seconds a delivery that gets no further is tried again.
     *report* is called with what is going on, bytes done, bytes in all.
     """
 
@@ -75,6 +76,7 @@ class Engine(Reader):
         ram_images: int = 1,
         ram_images_in: Path | None = None,
         lease: float = LEASE,
+        ship_retry: float = SHIP_RETRY,
         report: Report = silent,
     ) -> None:
         roots = Roots(
@@ -84,6 +86,7 @@ class Engine(Reader):
             ram_images,
             ram_images_in.absolute() if ram_images_in else None,
             lease,
+            ship_retry,
         )
         super().__init__(roots, report)
 

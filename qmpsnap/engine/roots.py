@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qmpsnap.config import LEASE
+from qmpsnap.config import LEASE, SHIP_RETRY
 from qmpsnap.errors import LeaseHeld, LocalFailed, StoreRefused
 from qmpsnap.host import filesystem
 from qmpsnap.store import holder
@@ -25,6 +25,7 @@ class Roots:
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root,
     or in *ram_images_in*, as a rule a folder in memory (tmpfs), if it has room. *lease*: for how
     many seconds a VM stays this host's on the store after the last that was heard of it there.
+    *ship_retry*: for how many seconds a delivery that gets no further is tried again.
     """
 
     local: LocalRoot
@@ -33,6 +34,7 @@ class Roots:
     ram_images: int = 1
     ram_images_in: Path | None = None
     lease: float = LEASE
+    ship_retry: float = SHIP_RETRY
 
 
 @dataclass(frozen=True, slots=True)

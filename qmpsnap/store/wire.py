@@ -17,6 +17,7 @@ from qmpsnap.errors import (
     ManifestError,
     PacksMissing,
     SnapError,
+    StoreAway,
     StoreError,
     StoreRefused,
     UsageError,
@@ -254,7 +255,7 @@ _KINDS = {
     kind("").code: kind
     for kind in (
         DamagedData, DigestMismatch, HalfMissing, LeaseHeld, LeaseLost, LocalFailed, ManifestError,
-        StoreError, StoreRefused, UsageError,
+        StoreAway, StoreError, StoreRefused, UsageError,
     )
 }  # fmt: skip
 
