@@ -16,6 +16,9 @@ from qmpsnap.errors import ConfigError, UsageError
 from qmpsnap.ids import is_vm_name
 
 STORE_TIMEOUT = 30.0
+LEASE = 600.0
+SHIP_RETRY = 60.0
+_LEASES = (10.0, 86400.0)
 RAM_IMAGES = 1
 _SYSTEM = Path("/etc/qmpsnap.toml")
 _USER = Path("~/.config/qmpsnap.toml")
@@ -38,7 +41,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What a file says. *store_timeout* in seconds; *path* is None when there is no file.
 
     *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too, its pages
-    in *ram_images_in* if that is given.
+    in *ram_images_in* if that is given. *lease* in seconds: how long a VM is this host's on the
+    store; *ship_retry*: for how long a delivery that gets no further is tried again.
     """
 
     path: Path | None = None
@@ -46,6 +50,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     store: Path | None = None
     allow_local_store: bool = False
     store_timeout: float = STORE_TIMEOUT
+    lease: float = LEASE
+    ship_retry: float = SHIP_RETRY
     ram_images: int = RAM_IMAGES
     ram_images_in: Path | None = None
     vms: Mapping[str, Vm] = {}
@@ -62,6 +68,8 @@ class _File(msgspec.Struct, frozen=True):
     store: str | None = None
     allow_local_store: bool = False
     store_timeout: str | None = None
+    lease: str | None = None
+    ship_retry: str | None = None
     ram_images: int = RAM_IMAGES
     ram_images_in: str | None = None
     vm: dict[str, dict[str, object]] = {}
@@ -93,14 +101,12 @@ def load(given: Path | None = None) -> Config:
         return Config()
     table = _read(path)
     file = _convert(path, table, _File, "")
-    timeout = STORE_TIMEOUT
-    if file.store_timeout is not None:
-        try:
-            timeout = duration(file.store_timeout)
-        except UsageError as odd:
-            raise ConfigError(f"{path}: store_timeout: {odd}") from odd
-        if timeout <= 0:
-            raise ConfigError(f"{path}: store_timeout: has to be more than 0")
+    timeout = _seconds(path, "store_timeout", file.store_timeout, STORE_TIMEOUT)
+    if timeout <= 0:
+        raise ConfigError(f"{path}: store_timeout: has to be more than 0")
+    lease = _seconds(path, "lease", file.lease, LEASE)
+    if not _LEASES[0] <= lease <= _LEASES[1]:
+        raise ConfigError(f"{path}: lease: has to be from 10s to 1d")
     if file.ram_images < 0:
         raise ConfigError(f"{path}: ram_images: has to be 0 or more")
     return Config(
@@ -109,6 +115,8 @@ def load(given: Path | None = None) -> Config:
         store=_path(path, file.store),
         allow_local_store=file.allow_local_store,
         store_timeout=timeout,
+        lease=lease,
+        ship_retry=_seconds(path, "ship_retry", file.ship_retry, SHIP_RETRY),
         ram_images=file.ram_images,
         ram_images_in=_path(path, file.ram_images_in),
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},
@@ -129,6 +137,15 @@ def size(text: str) -> int:
     if found is None:
         raise UsageError(f"not a size: {text!r} (such as 512K, 20M, 1.5G)")
     return int(float(found[1]) * 1024 ** _POWERS[found[2].upper()])
+
+
+def _seconds(path: Path, key: str, word: str | None, default: float) -> float:
+    if word is None:
+        return default
+    try:
+        return duration(word)
+    except UsageError as odd:
+        raise ConfigError(f"{path}: {key}: {odd}") from odd
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -5,12 +5,12 @@ SnapError
  │   └─ ConfigError
  ├─ Refused (3)               refused before anything was touched
  │   ├─ VmUnknown, SnapshotUnknown, MonitorAbsent, MonitorBusy
- │   └─ VmBusy, StoreRefused, Blocked
+ │   └─ VmBusy, StoreRefused (LeaseHeld), Blocked
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
  │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
  │   ├─ MigrationFailed, LaunchFailed, LocalFailed, StreamUnknown
- │   └─ StoreError: StoreStalled
+ │   └─ StoreError: StoreAway (StoreStalled), LeaseLost
  ├─ NotShipped (5)            captured; the spool holds the store half
  ├─ GuestNeedsHelp (6)        stopped or frozen, and we could not mend it
  │   ├─ GuestLeftStopped, GuestStillFrozen, GuestLacksPages
@@ -81,6 +81,14 @@ class StoreRefused(Refused):
     """The two roots are not two data stores, or the store is not a network file system."""
 
 
+class LeaseHeld(StoreRefused):
+    """Another host has the lease of this VM on the store."""
+
+    hint = (
+        "run this on that host; if it is gone for good, `qmpsnap lease VM --take` takes the VM over"
+    )
+
+
 class Blocked(Refused):
     """QEMU, a device or the host rules out what was asked for; nothing was touched."""
 
@@ -147,8 +155,18 @@ class StoreError(Failed):
     pass
 
 
-class StoreStalled(StoreError):
+class StoreAway(StoreError):
+    """The store cannot be reached, or its server has lost track of us: that may pass by itself."""
+
+
+class StoreStalled(StoreAway):
     """The store made no progress within its deadline."""
+
+
+class LeaseLost(StoreError):
+    """Another host took this VM over on the store while we wrote."""
+
+    hint = "`qmpsnap lease VM` tells whose it is"
 
 
 class NotShipped(SnapError):

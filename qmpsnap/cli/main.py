@@ -16,6 +16,7 @@ from qmpsnap.cli import (
     delete,
     export,
     info,
+    lease,
     list,
     protect,
     prune,
@@ -100,6 +101,7 @@ _add(verify.verify, "verify", verify.EPILOG)
 _add(restore.restore, "restore", restore.EPILOG)
 _add(export.export, "export", export.EPILOG)
 _add(ship.ship, "ship", ship.EPILOG)
+_add(lease.lease, "lease", lease.EPILOG)
 _add(delete.delete, "delete", delete.EPILOG)
 _add(prune.prune, "prune", prune.EPILOG)
 _add(protect.protect, "protect", protect.EPILOG)

@@ -19,6 +19,7 @@ from qmpsnap.engine.limiting import Limit
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.lease import Standing
 from qmpsnap.store.manifest import Manifest, Storage
 
 
@@ -184,6 +185,7 @@ KINDS: dict[str, type[Struct]] = {
     "restore-no-start": Prepared,
     "export": Exported,
     "ship": Shipped,
+    "lease": Standing,
     "delete": Deleted,
     "prune": Fate,
     "protect": Protection,

@@ -67,6 +67,8 @@ class Call:
             store_within=self.settings.store_timeout,
             ram_images=self.settings.ram_images,
             ram_images_in=self.settings.ram_images_in,
+            lease=self.settings.lease,
+            ship_retry=self.settings.ship_retry,
             report=self.out.progress,
         )
 

@@ -80,7 +80,7 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
 
     Raises as `create` does before it touches anything.
     """
-    await judge(roots)
+    await judge(roots, own=machine.name, dry=True)
     await asyncio.to_thread(arrivals.refuse, roots, machine)
     try:
         async with connect(machine.socket) as monitor:
@@ -120,7 +120,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
     nothing was lost; NotShipped when the snapshot is whole in the spool; GuestNeedsHelp.
     """
     async with lock.held(roots.local.lock(machine.name), "create"):
-        judged = await _judged(roots)
+        judged = await _judged(roots, machine.name)
         async with met(roots, machine) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
             id = next_id(roots, machine)
@@ -200,10 +200,13 @@ def next_id(roots: Roots, machine: Machine) -> SnapshotId:
     return SnapshotId.after(max(given, default=None), datetime.now(UTC))
 
 
-async def _judged(roots: Roots) -> Judged | None:
-    """None when the store does not answer: the snapshot then waits for it in the spool."""
+async def _judged(roots: Roots, vm: str) -> Judged | None:
+    """None when the store does not answer: the snapshot then waits for it in the spool.
+
+    Raises LeaseHeld when the store does, and says that *vm* is another host's.
+    """
     try:
-        return await judge(roots)
+        return await judge(roots, own=vm)
     except StoreError as dead:
         log.warning("the store does not answer: %s", dead)
         return None

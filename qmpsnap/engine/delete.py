@@ -15,7 +15,7 @@ from qmpsnap.engine import dependents, survey
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.protect import refuse_protected
-from qmpsnap.engine.roots import Roots, judge
+from qmpsnap.engine.roots import Roots, claimant, judge
 from qmpsnap.engine.unkept import fold_unkept
 from qmpsnap.errors import (
     LocalFailed,
@@ -127,7 +127,8 @@ async def removed(roots: Roots, vm: str, id: str, *, sweeping: bool = True) -> N
     late = await asyncio.to_thread(roots.local.spool(vm, id).is_dir)
     waiting = await asyncio.to_thread(shared.awaited, roots.local, vm)
     now = sweeping and not late and waiting is not None
-    await roots.store.remove(vm, id, sweep=now, waiting=waiting or ())
+    ours = await claimant(roots, vm)
+    await roots.store.remove(vm, id, sweep=now, waiting=waiting or (), lease=ours)
     await asyncio.to_thread(_removed_local, roots, vm, id)
     if sweeping and not now:
         try:
@@ -145,7 +146,7 @@ async def swept(roots: Roots, vm: str) -> None:
     if waiting is None:
         log.warning("%s: what snapshots shared stays: a damaged one here may need it", vm)
     else:
-        await roots.store.sweep(vm, waiting=waiting)
+        await roots.store.sweep(vm, waiting=waiting, lease=await claimant(roots, vm))
 
 
 def _removed_local(roots: Roots, vm: str, id: str) -> None:

@@ -7,7 +7,9 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
+from qmpsnap.config import LEASE, SHIP_RETRY
 from qmpsnap.engine import (
     boot,
     clones,
@@ -20,6 +22,7 @@ from qmpsnap.engine import (
     listing,
     merge,
     offline,
+    owning,
     protect,
     prune,
     recover,
@@ -44,6 +47,7 @@ from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.lease import Standing
 from qmpsnap.store.points import read as read_points
 from qmpsnap.store.remote import Store
 
@@ -57,6 +61,8 @@ class Engine(Reader):
     *allow_local_store* is for trials: it takes a store that is no network file system.
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root
     as well, from where it comes back at once; with *ram_images_in* its pages lie in that folder.
+    *lease*: for how many seconds a VM stays this host's on the store after its last work there.
+    *ship_retry*: for how many seconds a delivery that gets no further is tried again.
     *report* is called with what is going on, bytes done, bytes in all.
     """
 
@@ -69,6 +75,8 @@ class Engine(Reader):
         store_within: float = 30.0,
         ram_images: int = 1,
         ram_images_in: Path | None = None,
+        lease: float = LEASE,
+        ship_retry: float = SHIP_RETRY,
         report: Report = silent,
     ) -> None:
         roots = Roots(
@@ -77,6 +85,8 @@ class Engine(Reader):
             allow_local_store,
             ram_images,
             ram_images_in.absolute() if ram_images_in else None,
+            lease,
+            ship_retry,
         )
         super().__init__(roots, report)
 
@@ -97,6 +107,16 @@ class Engine(Reader):
     ) -> tuple[Sequence[ship.Delivered], Sequence[NotShipped]]:
         """Deliver what waits in the spools; what could not be delivered, and why, comes second."""
         return await ship.ship_all(self.roots, vm, self._report)
+
+    async def lease(
+        self, vm: str, act: Literal["look", "take", "seize", "leave"] = "look"
+    ) -> Standing:
+        """Which host *vm* belongs to on the store, after its lease was taken, seized or left.
+
+        Whoever writes for *vm* takes it by itself; *seize* is for a host that is gone for good, as
+        it stops that one if it is not. Raises LeaseHeld, StoreRefused, StoreError.
+        """
+        return await owning.own(self.roots, vm, act)
 
     async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
         """What can be done with a running VM, and why not; *changes*: what an increment copies."""

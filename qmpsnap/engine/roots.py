@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qmpsnap.errors import LocalFailed, StoreRefused
+from qmpsnap.config import LEASE, SHIP_RETRY
+from qmpsnap.errors import LeaseHeld, LocalFailed, StoreRefused
 from qmpsnap.host import filesystem
+from qmpsnap.store import holder
 from qmpsnap.store.layout import LocalRoot
+from qmpsnap.store.lease import Claimant, in_words
 from qmpsnap.store.remote import Store
 from qmpsnap.store.separate import refuse_same
 
@@ -19,7 +23,9 @@ class Roots:
     """*allow_local_store*: the store may be on this host's own disks, for a trial.
 
     *ram_images*: of how many snapshots of a VM, the newest ones, the RAM is kept on the local root,
-    or in *ram_images_in*, as a rule a folder in memory (tmpfs), if it has room.
+    or in *ram_images_in*, as a rule a folder in memory (tmpfs), if it has room. *lease*: for how
+    many seconds a VM stays this host's on the store after the last that was heard of it there.
+    *ship_retry*: for how many seconds a delivery that gets no further is tried again.
     """
 
     local: LocalRoot
@@ -27,6 +33,8 @@ class Roots:
     allow_local_store: bool = False
     ram_images: int = 1
     ram_images_in: Path | None = None
+    lease: float = LEASE
+    ship_retry: float = SHIP_RETRY
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +46,21 @@ class Judged:
     store: filesystem.Filesystem
 
 
-async def judge(roots: Roots) -> Judged:
+async def judge(roots: Roots, own: str | None = None, *, dry: bool = False) -> Judged:
     """See that the two roots are two data stores (StoreRefused), and that the store answers.
 
-    Raises StoreError or StoreStalled when the store does not.
+    The VM *own* is this host's on the store then; *dry*: it could be. Raises LeaseHeld when it is
+    another one's; StoreError or StoreStalled when the store does not answer.
     """
     local = await asyncio.to_thread(_local, roots.local.path)
-    store = await roots.store.examine()
-    trial = refuse_same(local, store, allow_local=roots.allow_local_store)
+    async with roots.store.lasting() as asked:
+        store = await asked.examine()
+        trial = refuse_same(local, store, allow_local=roots.allow_local_store)
+        if own is not None:
+            who = await claimant(roots, own)
+            standing = await asked.own(own, who, "look" if dry else "take")
+            if standing.holder is not None and not standing.ours:
+                raise LeaseHeld(f"{own} is not this host's on the store: {in_words(standing)}")
     return Judged(trial=trial, device=store.device, store=store)
 
 
@@ -57,6 +72,16 @@ def _local(path: Path) -> filesystem.Filesystem:
     except OSError as failed:
         raise LocalFailed(f"the local root {path}: {failed.strerror}") from failed
     return filesystem.examine(path)
+
+
+async def claimant(roots: Roots, vm: str) -> Claimant:
+    """This host, as it asks for the lease of *vm*. Raises LocalFailed, ManifestError."""
+    return Claimant(
+        holder=await asyncio.to_thread(holder.holder, roots.local, host_id()),
+        host=os.uname().nodename,
+        term_s=roots.lease,
+        seen=str(roots.local.rival(vm)),
+    )
 
 
 def host_id() -> str:

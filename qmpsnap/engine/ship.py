@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.engine import ramstore
 from qmpsnap.engine.capture import Report
-from qmpsnap.engine.roots import Roots, judge, moment
-from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, VmBusy
+from qmpsnap.engine.roots import Roots, claimant, judge, moment
+from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, StoreAway, VmBusy
 from qmpsnap.host import lock
 from qmpsnap.host.priority import stoppable
 from qmpsnap.store import files, hurt, local, pages, ramindex, remaking, shared
@@ -22,6 +23,8 @@ from qmpsnap.store.ramindex import Named
 from qmpsnap.store.wire import Shipped
 
 log = logging.getLogger(__name__)
+_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds
+_now, _sleep = time.monotonic, asyncio.sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,11 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     """
     spool = roots.local.spool(vm, id)
 
+    arrived: set[str] = set()
+
     def tell(done: int, total: int, what: str) -> None:
+        if what.startswith("copying") and done >= total:
+            arrived.add(what)
         report(f"shipping {what}" if what else "shipping", done, total)
 
     anew = await asyncio.to_thread(_to_replace, roots, vm)
@@ -54,16 +61,20 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
             shared=roots.local.shared(vm),
             instead=instead,
             anew=anew,
+            lease=await claimant(roots, vm),
             on_progress=tell,
         )
 
-    try:
+    async def tried() -> Shipped:
         judged = await judge(roots)
         try:
-            shipped = await sent(judged.device, {})
+            return await sent(judged.device, {})
         except PacksMissing as lost:
             log.warning("%s %s: %d packs are made again: %s", vm, id, len(lost.packs), lost)
-            shipped = await sent(judged.device, await _made_again(roots, vm, id, lost, report))
+            return await sent(judged.device, await _made_again(roots, vm, id, lost, report))
+
+    try:
+        shipped = await _persistently(tried, arrived, roots.ship_retry)
     except SnapError as failed:
         waiting = NotShipped(f"{vm} {id} is captured, but not shipped: {failed}")
         if isinstance(failed, PacksMissing):
@@ -81,6 +92,27 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     await asyncio.to_thread(shared.sweep_local, roots.local, vm)
     await ramstore.trimmed(roots, vm)
     return Delivered(vm, id, shipped.bytes)
+
+
+async def _persistently(
+    tried: Callable[[], Awaitable[Shipped]], arrived: Collection[str], within: float
+) -> Shipped:
+    """What *tried* gives; again and again while the store is away, each time after a longer pause.
+
+    Raises as *tried* does once *within* seconds have passed in which nothing more has *arrived*.
+    """
+    pause, ends, before = _PAUSE, 0.0, -1
+    while True:
+        try:
+            return await tried()
+        except StoreAway as away:
+            if len(arrived) > before:
+                pause, ends, before = _PAUSE, _now() + within, len(arrived)
+            if _now() + pause > ends:
+                raise
+            log.warning("%s; it is tried again in %g s", away, pause)
+            await _sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _to_replace(roots: Roots, vm: str) -> set[str]:

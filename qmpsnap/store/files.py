@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from qmpsnap.errors import DigestMismatch, LocalFailed, StoreError
+from qmpsnap.errors import DigestMismatch, LocalFailed, StoreAway, StoreError
 from qmpsnap.store.layout import PARTIAL
 from qmpsnap.store.manifest import FileEntry
 
@@ -32,16 +32,27 @@ _PLAIN = {
     errno.ESTALE: "the file handle is stale: the server has another file system now",
 }
 
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN,
+    errno.EREMOTEIO, errno.EAGAIN, errno.EINTR,
+}  # fmt: skip
+"""What a store says that may be well again when it is asked once more."""
+
 
 @contextmanager
 def told(path: Path, side: Side) -> Iterator[None]:
-    """OSErrors of the body become *side*'s error, which names *path* and the errno."""
+    """OSErrors of the body become *side*'s error, which names *path* and the errno.
+
+    One of the store that may pass by itself is a StoreAway.
+    """
     try:
         yield
     except OSError as failed:
         number = failed.errno or 0
         name = errno.errorcode.get(number, "unknown error")
-        raise side(
+        kind = StoreAway if side is StoreError and number in _PASSING else side
+        raise kind(
             f"{failed.filename or path}: {_PLAIN.get(number, failed.strerror)} ({name})"
         ) from failed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from qmpsnap.store.files import (
     told,
 )
 from qmpsnap.store.filling import Filled
-from qmpsnap.store.layout import MANIFEST, SHARED, StoreRoot, aside
+from qmpsnap.store.layout import LEASE, MANIFEST, SHARED, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
 from qmpsnap.store.packcheck import Checked
@@ -51,8 +51,19 @@ _SMALL = 16 << 20
 _GONE = "the store half is not sealed, or not there"
 
 
-def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shipped:
+def _unguarded() -> None:
+    """Nobody else is to be kept out."""
+
+
+def ship(
+    root: StoreRoot,
+    request: wire.Ship,
+    progress: Progress,
+    guard: Callable[[], None] = _unguarded,
+) -> wire.Shipped:
     """Copy the sealed spool to the store, its manifest last. What is there already stays.
+
+    *guard*, here and below, raises when the VM is no longer ours: then no more is written.
 
     A run that was broken off anywhere is made good by the next one.
 
@@ -72,6 +83,7 @@ def ship(root: StoreRoot, request: wire.Ship, progress: Progress) -> wire.Shippe
             raise HalfMissing(f"{src}: is missing")
         make_folders(dst.parent, root.path, side=StoreError)
         copy_verified(src, dst, entry, progress)
+    guard()
     publish(path, content, side=StoreError)
     _deliver(root, request, manifest, progress)  # what was aside before our folder could be seen
     brought = [*manifest.files, *(pack.entry for pack in manifest.packs if pack.fresh)]
@@ -96,7 +108,7 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
             if is_snapshot_id(id) and _is_folder(root.vm(name) / id):
                 found.append(_found(root, name, id))
                 progress(len(found), 0, f"looking at {name}")
-            elif id != SHARED:
+            elif id not in {SHARED, LEASE}:
                 foreign.append(f"{name}/{id}")
     return wire.Listing(found=found, foreign=foreign)
 
@@ -203,7 +215,12 @@ def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress) -> None:
         _unpack(manifest, entry, path, descriptor, progress)
 
 
-def remove(root: StoreRoot, request: wire.Remove, progress: Progress) -> None:
+def remove(
+    root: StoreRoot,
+    request: wire.Remove,
+    progress: Progress,
+    guard: Callable[[], None] = _unguarded,
+) -> None:
     """Delete a store half: unsealed first, so that what is left after a crash never looks whole.
 
     What it shared with others goes when it was the last that needed it, if a *sweep* is asked for.
@@ -214,6 +231,7 @@ def remove(root: StoreRoot, request: wire.Remove, progress: Progress) -> None:
         if os.path.lexists(folder):
             if not (_is_folder(folder.parent) and _is_folder(folder)):
                 raise StoreError(f"{folder}: not a folder of ours")
+            guard()
             with suppress(FileNotFoundError):
                 (folder / MANIFEST).unlink()
                 sync_folder(folder)
@@ -221,15 +239,21 @@ def remove(root: StoreRoot, request: wire.Remove, progress: Progress) -> None:
             sync_folder(folder.parent)
             progress(1, 0, f"removing {request.vm} {request.id}")
     if request.sweep:
-        sweep(root, request.vm, progress, request.waiting)
+        sweep(root, request.vm, progress, request.waiting, guard)
 
 
-def sweep(root: StoreRoot, vm: str, progress: Progress, waiting: Sequence[str] = ()) -> None:
+def sweep(
+    root: StoreRoot,
+    vm: str,
+    progress: Progress,
+    waiting: Sequence[str] = (),
+    guard: Callable[[], None] = _unguarded,
+) -> None:
     """Delete what snapshots of *vm* shared, and none needs any more. Raises StoreError."""
     with told(root.vm(vm), StoreError):
         there = _is_folder(root.shared(vm))
     if there:
-        sweeping.sweep(root, vm, progress, waiting=waiting)
+        sweeping.sweep(root, vm, progress, waiting=waiting, guard=guard)
 
 
 def fill(

@@ -17,6 +17,7 @@ KEPT = "kept.json"
 MERGED = "merged.json"
 DIGESTS = "digests.json"
 SHARED = "shared"
+LEASE = "lease"
 RAM = "ram"
 PROTECTED = "protected"
 PARTIAL = ".partial"
@@ -58,6 +59,15 @@ class _Root:
 @dataclass(frozen=True, slots=True)
 class LocalRoot(_Root):
     """The paths of the local halves, of what belongs to a VM on this host, and of the spools."""
+
+    @property
+    def host(self) -> Path:
+        """Which local root this is, to others that use the same store."""
+        return self.path / "host.json"
+
+    def rival(self, vm: str) -> Path:
+        """What was seen of another host's lease of *vm*."""
+        return self.vm(vm) / "rival.json"
 
     def lock(self, vm: str) -> Path:
         return self.vm(vm) / "lock"
@@ -126,6 +136,10 @@ class StoreRoot(_Root):
 
     def manifest(self, vm: str, id: Id) -> Path:
         return self.snapshot(vm, id) / MANIFEST
+
+    def lease(self, vm: str) -> Path:
+        """The folder of the files that say which host *vm* belongs to."""
+        return self.vm(vm) / LEASE
 
 
 def aside(path: Path) -> Path:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
 from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import Id, StoreRoot
+from qmpsnap.store.lease import Claimant, Standing
 from qmpsnap.store.ramindex import Named
 from qmpsnap.store.talk import Talk
 
@@ -60,6 +61,7 @@ class Store:
         shared: Path | None = None,
         instead: Mapping[str, Named] | None = None,
         anew: Collection[str] = (),
+        lease: Claimant | None = None,
         on_progress: Progress | None = None,
     ) -> wire.Shipped:
         """Copy a sealed spool to the store and seal it there; may be broken off and repeated.
@@ -67,14 +69,15 @@ class Store:
         *device* (of `examine`) makes sure that the store is still mounted: else StoreRefused.
         *shared* is the folder that has the files which it shares with other snapshots; *instead* of
         packs that were lost it has those (by the digests of the lost ones), and those *anew* whose
-        copies on the store are damaged.
+        copies on the store are damaged. Here and below, *lease* says who has to have the VM: it is
+        taken for them, or LeaseHeld raised; LeaseLost when another host takes it meanwhile.
 
         Raises PacksMissing, HalfMissing, ManifestError, DigestMismatch, LocalFailed for the spool.
         """
         request = wire.Ship(
             root=self._root(vm, id), vm=vm, id=str(id), spool=_spelled(spool), device=device,
             shared=_spelled(shared) if shared is not None else None, instead=dict(instead or {}),
-            anew=sorted(anew),
+            anew=sorted(anew), lease=lease,
         )  # fmt: skip
         return await self._ask(request, wire.Shipped, on_progress)
 
@@ -157,8 +160,24 @@ class Store:
         )  # fmt: skip
         await self._ask(request, type(None), on_progress)
 
+    async def own(
+        self, vm: str, lease: Claimant, act: Literal["look", "take", "seize", "leave"] = "take"
+    ) -> Standing:
+        """Whom *vm* belongs to after its lease was taken, seized from whoever has it, or left.
+
+        Raises LeaseHeld.
+        """
+        request = wire.Own(root=self._root(vm), vm=vm, lease=lease, act=act)
+        return await self._ask(request, Standing)
+
     async def remove(
-        self, vm: str, id: Id, *, sweep: bool = True, waiting: Collection[str] = ()
+        self,
+        vm: str,
+        id: Id,
+        *,
+        sweep: bool = True,
+        waiting: Collection[str] = (),
+        lease: Claimant | None = None,
     ) -> None:
         """Delete a store half, its manifest first; nothing to delete is as good.
 
@@ -166,16 +185,19 @@ class Store:
         *waiting*, as for `sweep`.
         """
         request = wire.Remove(
-            root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep, waiting=sorted(waiting)
-        )
+            root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep, waiting=sorted(waiting),
+            lease=lease,
+        )  # fmt: skip
         await self._ask(request, type(None))
 
-    async def sweep(self, vm: str, *, waiting: Collection[str] = ()) -> None:
+    async def sweep(
+        self, vm: str, *, waiting: Collection[str] = (), lease: Claimant | None = None
+    ) -> None:
         """Delete what snapshots of *vm* shared, and none needs any more.
 
         *waiting* are the digests of what spools of this host need: they stay as they are.
         """
-        request = wire.Sweep(root=self._root(vm), vm=vm, waiting=sorted(waiting))
+        request = wire.Sweep(root=self._root(vm), vm=vm, waiting=sorted(waiting), lease=lease)
         await self._ask(request, type(None))
 
     async def fill(

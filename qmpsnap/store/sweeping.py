@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def sweep(
     progress: Progress | None = None,
     *,
     waiting: Collection[str] = (),
+    guard: Callable[[], None] = lambda: None,
 ) -> None:
     """Remove what no snapshot on the store needs any more; *progress* is told of each manifest.
 
@@ -29,10 +30,10 @@ def sweep(
     Nothing goes while a snapshot's folder has no manifest that can be read: it may be one that is
     just being shipped. A file is first put aside; who ships meanwhile either finds that it is not
     there, or is seen now by its folder. Raises StoreError; what was put aside is back then, if the
-    store lets it.
+    store lets it. *guard* is called before anything goes, and raises when the VM is another host's.
     """
     put: list[Path] = []
-    look = _Look(root, vm, progress, waiting)
+    look = _Look(root, vm, progress, waiting, guard)
     with told(root.vm(vm), StoreError):
         there = _inside(root.shared(vm))
         if not there:
@@ -56,14 +57,23 @@ class _Look:
     """What the snapshots of a VM need; a manifest that was read is not read again."""
 
     def __init__(
-        self, root: StoreRoot, vm: str, progress: Progress | None, waiting: Collection[str]
+        self,
+        root: StoreRoot,
+        vm: str,
+        progress: Progress | None,
+        waiting: Collection[str],
+        guard: Callable[[], None],
     ) -> None:
         self._root, self._vm, self._progress = root, vm, progress
-        self._waiting = set(waiting)
+        self._waiting, self._guard = set(waiting), guard
         self.manifests: dict[str, Manifest] = {}
 
     def needed(self) -> set[str] | None:
-        """The names that they need now; None when one cannot be read. Raises OSError."""
+        """The names that they need now; None when one cannot be read.
+
+        What nobody needs may go, if this host has the VM: else StoreError. Raises OSError.
+        """
+        self._guard()
         folders = [path for path in _inside(self._root.vm(self._vm)) if is_snapshot_id(path.name)]
         found = set(self._waiting)
         for number, folder in enumerate(folders, 1):

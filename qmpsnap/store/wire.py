@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 from msgspec import Struct
 
@@ -9,14 +11,18 @@ from qmpsnap.errors import (
     DamagedData,
     DigestMismatch,
     HalfMissing,
+    LeaseHeld,
+    LeaseLost,
     LocalFailed,
     ManifestError,
     PacksMissing,
     SnapError,
+    StoreAway,
     StoreError,
     StoreRefused,
     UsageError,
 )
+from qmpsnap.store.lease import Claimant
 from qmpsnap.store.ramindex import Named
 
 
@@ -46,7 +52,7 @@ class Ship(Half, frozen=True, kw_only=True):
 
     *shared*: the folder that has the files which are shared with other snapshots. *instead*: by
     the digests of lost packs, those in that folder that have what is needed of them. *anew*: the
-    digests of those in it whose copies on the store are damaged.
+    digests of those in it whose copies on the store are damaged. *lease*: who has to have the VM.
     """
 
     spool: str
@@ -54,6 +60,7 @@ class Ship(Half, frozen=True, kw_only=True):
     shared: str | None = None
     instead: dict[str, Named] = {}
     anew: list[str] = []
+    lease: Claimant | None = None
 
 
 class Sealed(Half, frozen=True, kw_only=True):
@@ -90,20 +97,33 @@ class Fetch(Sealed, frozen=True, kw_only=True):
 
 
 class Remove(Half, frozen=True, kw_only=True):
-    """*sweep*: what it shared with others is looked at too, but for what is *waiting*."""
+    """*sweep*: what it shared with others is looked at too, but for what is *waiting*.
+
+    *lease*: who has to have the VM.
+    """
 
     sweep: bool = True
     waiting: list[str] = []
+    lease: Claimant | None = None
 
 
 class Sweep(Request, frozen=True, kw_only=True):
     """What snapshots of *vm* shared, and none needs any more, is to go.
 
-    *waiting*: the digests of what spools need that are still to be shipped.
+    *waiting*: the digests of what spools need that are still to be shipped. *lease*: as for Remove.
     """
 
     vm: str
     waiting: list[str] = []
+    lease: Claimant | None = None
+
+
+class Own(Request, frozen=True, kw_only=True):
+    """Whose *vm* is: a look, or its lease is to be taken, seized from whoever has it, or left."""
+
+    vm: str
+    lease: Claimant
+    act: Literal["look", "take", "seize", "leave"]
 
 
 class Lost(Request, frozen=True, kw_only=True):
@@ -153,6 +173,7 @@ AnyRequest = (
     | Fill
     | Packs
     | Lost
+    | Own
 )
 
 
@@ -233,8 +254,8 @@ class Told(Exception):
 _KINDS = {
     kind("").code: kind
     for kind in (
-        DamagedData, DigestMismatch, HalfMissing, LocalFailed, ManifestError, StoreError,
-        StoreRefused, UsageError,
+        DamagedData, DigestMismatch, HalfMissing, LeaseHeld, LeaseLost, LocalFailed, ManifestError,
+        StoreAway, StoreError, StoreRefused, UsageError,
     )
 }  # fmt: skip
 

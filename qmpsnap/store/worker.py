@@ -11,15 +11,17 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused
+from qmpsnap.errors import LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host.filesystem import Filesystem, examine
-from qmpsnap.store import half, wire
-from qmpsnap.store.files import told
+from qmpsnap.store import half, lease, wire
+from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.sources import Sources
@@ -27,6 +29,7 @@ from qmpsnap.store.sources import Sources
 _TELL_EVERY = 0.1  # seconds
 _PROBE = ".qmpsnap-probe"
 _sources, _checked = Sources(), Checked()
+_leases: dict[tuple[Path, str], lease.Held] = {}
 
 
 def main() -> int:
@@ -59,7 +62,8 @@ def answer_to(request: wire.AnyRequest) -> Any:
             return half.catalogue(root, vm, _progress)
         case wire.Ship():
             _same_device(root, request.device)
-            return half.ship(root, request, _progress)
+            with _owned(root, request.vm, request.lease) as (progress, guard):
+                return half.ship(root, request, progress, guard)
         case wire.Verify():
             return half.verify(root, request, _progress, _checked)
         case wire.Glance():
@@ -71,15 +75,56 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Fetch():
             return half.fetch(root, request, _progress)
         case wire.Remove():
-            return half.remove(root, request, _progress)
+            with _owned(root, request.vm, request.lease) as (progress, guard):
+                return half.remove(root, request, progress, guard)
         case wire.Sweep():
-            return half.sweep(root, request.vm, _progress, request.waiting)
+            with _owned(root, request.vm, request.lease) as (progress, guard):
+                return half.sweep(root, request.vm, progress, request.waiting, guard)
         case wire.Fill():
             return half.fill(root, request, _progress, _sources)
         case wire.Packs():
             return half.packs(root, request, _progress, _checked)
         case wire.Lost(vm=vm, packs=packs):
             return half.lost(root, vm, packs, _progress)
+        case wire.Own(vm=vm, lease=who, act=act):
+            if act == "leave":
+                _taken(root, vm, who).give_up()
+                del _leases[root.path, vm]
+            elif act != "look":
+                _taken(root, vm, who, by_force=act == "seize")
+            return lease.look(root, vm, who)
+
+
+def _taken(root: StoreRoot, vm: str, who: lease.Claimant, *, by_force: bool = False) -> lease.Held:
+    """The lease that this process has, or takes now. Raises LeaseHeld, StoreError."""
+    held = _leases.pop((root.path, vm), None)
+    try:
+        if held is not None:
+            held.check()
+    except LeaseLost:
+        held = None
+    _leases[root.path, vm] = held or lease.take(root, vm, who, by_force=by_force)
+    return _leases[root.path, vm]
+
+
+@contextmanager
+def _owned(
+    root: StoreRoot, vm: str, who: lease.Claimant | None
+) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """Tells of progress as long as the VM is ours; and what makes sure of that.
+
+    Nobody is kept out where nobody said who we are. Raises LeaseHeld, StoreError.
+    """
+    if who is None:
+        yield _progress, lambda: None
+        return
+    held = _taken(root, vm, who)
+
+    def progress(done: int, total: int, what: str) -> None:
+        held.beat()
+        _progress(done, total, what)
+
+    yield progress, held.check
 
 
 def examine_root(root: StoreRoot) -> Filesystem:

@@ -92,6 +92,8 @@ def test_the_example_configuration_is_one(tmp_path: Path) -> None:
         "store",
         "allow_local_store",
         "store_timeout",
+        "ship_retry",
+        "lease",
         "ram_images",
         "ram_images_in",
         "vm",

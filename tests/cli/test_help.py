@@ -23,7 +23,7 @@ VERBS = [
     "export",
     "ship",
 ]
-VERBS += ["delete", "prune", "protect", "unprotect", "recover", "thaw", "run"]
+VERBS += ["lease", "delete", "prune", "protect", "unprotect", "recover", "thaw", "run"]
 HEAVY = "qmpsnap.engine qmpsnap.hypervisor qmpsnap.store qmpsnap.host qmpsnap.config"
 HEAVY += " qemu psutil zstandard blake3 rich msgspec asyncio"
 _LOADED = """

@@ -94,7 +94,7 @@ async def test_the_whole_job_on_a_real_nfs_mount(
     assert mount_of(store).network
     fault = Once()
     # no --allow-local-store: this store is one
-    engine = Engine(short / "local", store, store_within=WITHIN, report=fault)
+    engine = Engine(short / "local", store, store_within=WITHIN, ship_retry=0, report=fault)
     async with booted(qemu72, short) as guest:
         machine = Machine("web", guest.qmp, guest.agent)
         with Heartbeat.open(guest.heartbeat) as heart:

@@ -71,6 +71,7 @@ def test_the_first_file_there_is(file: Path, monkeypatch: pytest.MonkeyPatch) ->
         ('lokal = "/srv"', "unknown key `lokal`"),
         ('store_timeout = "soon"', "store_timeout: not a duration: 'soon'"),
         ('store_timeout = "0s"', "store_timeout: has to be more than 0"),
+        ('lease = "1s"', "lease: has to be from 10s to 1d"),
         ("store_timeout = 30", "store_timeout: expected `str"),
         ('allow_local_store = "yes"', "allow_local_store: expected `bool`, got `str`"),
         ("vm = 3", "vm: expected `object`, got `int`"),

@@ -130,7 +130,7 @@ async def test_two_that_need_different_parts_of_it(host, aside):
     for number, id in enumerate(IDS[1:4], 2):
         host.remove(id)
         host.whole(*IDS[number:4])
-    assert names(host.store.vm("web")) == []
+    assert names(host.store.vm("web")) == ["lease"]
 
 
 async def test_a_lost_pack_is_not_relied_on(host):
