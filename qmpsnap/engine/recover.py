@@ -23,6 +23,7 @@ from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRef
 from qmpsnap.host import journal
 from qmpsnap.host import process as host_process
 from qmpsnap.host.process import ProcessFacts
+from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.block import bitmap, fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.monitor import Monitor
@@ -119,6 +120,8 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
         entry.close()
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
+    if await abilities.broken_off(monitor):
+        log.info("recovered %s: an ability was still being probed", machine.name)
     return settled
 
 

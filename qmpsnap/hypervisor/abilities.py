@@ -13,6 +13,9 @@ from qmpsnap.errors import CommandRefused
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
 
+_BACKGROUND = "background-snapshot"
+_AT_WORK = {"setup", "active", "device", "cancelling", "failing"}
+
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
@@ -57,10 +60,10 @@ async def probe(monitor: Monitor) -> Abilities:
 
 
 async def _background_trouble(monitor: Monitor, capabilities: set[str]) -> str:
-    if "background-snapshot" not in capabilities:
+    if _BACKGROUND not in capabilities:
         return "this QEMU does not have it"
     try:
-        await set_capabilities(monitor, {"background-snapshot": True})
+        await set_capabilities(monitor, {_BACKGROUND: True})
     except CommandRefused as refused:
         return refused.desc
     finally:
@@ -68,8 +71,23 @@ async def _background_trouble(monitor: Monitor, capabilities: set[str]) -> str:
     return ""
 
 
+async def broken_off(monitor: Monitor) -> bool:
+    """Take back the probe of an engine that died in the middle of it; whether there was one.
+
+    The journal does not tell of it, and need not: every probe ends with that capability off, and
+    nobody has a use for it while no migration is under way. Raises MonitorError.
+    """
+    found = await monitor.execute("query-migrate-capabilities")
+    if not any(one["capability"] == _BACKGROUND and one["state"] for one in found):
+        return False
+    if (await monitor.execute("query-migrate")).get("status") in _AT_WORK:
+        return False
+    await _background_off(monitor)
+    return True
+
+
 async def _background_off(monitor: Monitor) -> None:
-    await set_capabilities(monitor, {"background-snapshot": False})
+    await set_capabilities(monitor, {_BACKGROUND: False})
 
 
 async def set_capabilities(monitor: Monitor, wanted: dict[str, bool]) -> None:

@@ -9,8 +9,9 @@ import asyncio
 import itertools
 import json
 import os
+import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class Agent:
     ) -> None:
         self.path, self._reader, self._writer = path, reader, writer
         self._ids = itertools.count(os.getpid() << 16)
+
+    def fileno(self) -> int:
+        """The connection's descriptor, for the watchdog to cut it when we no longer can."""
+        return int(self._writer.get_extra_info("socket").fileno())
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, within: float = 5.0
@@ -109,4 +114,6 @@ async def connect(path: Path, *, within: float = 3.0) -> AsyncIterator[Agent]:
         await agent.synchronise(within=within)
         yield agent
     finally:
+        with suppress(OSError):  # the watchdog may hold it too: closed alone it would go on
+            writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         writer.close()

@@ -52,6 +52,7 @@ class Freezer:
             if await agent.execute("guest-fsfreeze-status") != "thawed":
                 raise Blocked("the guest is frozen already, by somebody else")
             if self._watchdog is not None:
+                self._watchdog.may_cut(agent.fileno())
                 owing = self._watchdog.owing("thaw", within=_LONGEST)
                 self._debt = await self._debts.enter_async_context(owing)
             self.owed, self.state.since = True, time.monotonic()
@@ -68,6 +69,8 @@ class Freezer:
         for _ in range(3):
             try:
                 async with door.connect(self._path) as agent:
+                    if self._watchdog is not None:
+                        self._watchdog.may_cut(agent.fileno())
                     thawed = await agent.count("guest-fsfreeze-thaw", within=self._within)
                     if self.state.thawed is None:
                         self.state.thawed = thawed

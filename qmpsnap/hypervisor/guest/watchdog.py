@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO
 
-from qmpsnap.errors import Failed
+from qmpsnap.errors import Failed, LocalFailed
 from qmpsnap.shield import finish
 
 _TAKEN_WITHIN = 3.0  # seconds
 _ENDED_WITHIN = 2.0
+_CUT = b'{"cut": "agent"}\n'
 _RESCUER = Path(__file__).with_name("rescuer.py")
 
 
@@ -41,10 +43,14 @@ class Watchdog:
     """The engine's end. Nothing is owed until the first `owing`."""
 
     def __init__(
-        self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        pid: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        wire: socket.socket,
     ) -> None:
         self.pid = pid
-        self._reader, self._writer = reader, writer
+        self._reader, self._writer, self._wire = reader, writer, wire
         self._debts: list[Debt] = []
         self._turn = asyncio.Lock()
 
@@ -67,6 +73,16 @@ class Watchdog:
         finally:
             if debt.settled:
                 await finish(self._paid(debt), within=5)
+
+    def may_cut(self, connection: int) -> None:
+        """Hand over *connection*, a session with the agent, to be cut when a debt is called in.
+
+        The agent's socket serves one client: if we hang, nobody else could thaw. It takes some
+        microseconds, and nothing is waited for. Whoever ends that session must shut it down, since
+        the other end holds it too.
+        """
+        with contextlib.suppress(OSError):  # it has ended: what is owed next says so
+            socket.send_fds(self._wire, [_CUT], [connection])
 
     async def _begin(self, debt: Debt) -> None:
         debt.settled = True  # nothing was done to the guest yet
@@ -95,17 +111,24 @@ class Watchdog:
             return False
 
 
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("ab")
+    except OSError as failed:
+        raise LocalFailed(f"{log}: {failed.strerror}") from failed
+
+
 @contextlib.asynccontextmanager
 async def watching(
     qmp: Path, agent: Path | None, *, connection: int, log: Path
 ) -> AsyncIterator[Watchdog]:
     """A watchdog for the block, over the VM at *qmp*; *connection* is the engine's QMP socket.
 
-    What it had to do is appended to *log*.
+    What it had to do is appended to *log* when it is done. Raises LocalFailed without that file.
     """
     ours, theirs = socket.socketpair()
     try:
-        with theirs, log.open("ab") as report:
+        with theirs, _opened(log) as report:
             starting = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-I", "-S", str(_RESCUER), str(qmp), str(agent or ""), str(connection)),
@@ -121,7 +144,7 @@ async def watching(
         raise
     reader, writer = await asyncio.open_connection(sock=ours)
     try:
-        yield Watchdog(int(await reader.readline() or b"0"), reader, writer)
+        yield Watchdog(int(await reader.readline() or b"0"), reader, writer, ours)
     finally:
         with contextlib.suppress(ConnectionError, TimeoutError):
             writer.write_eof()
