@@ -27,7 +27,7 @@ from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.configuration import refuse_unwritable
 from qmpsnap.engine.copy import Copied
 from qmpsnap.engine.created import Created, created
-from qmpsnap.engine.debt import given_up, given_up_later, journaled, really_gone
+from qmpsnap.engine.debt import given_up, given_up_later, journaled, look_for_qemu
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.instant import instant
 from qmpsnap.engine.levels import Chosen, choose
@@ -43,7 +43,6 @@ from qmpsnap.errors import (
     MonitorBusy,
     MonitorLost,
     NotShipped,
-    QemuGone,
     StoreError,
 )
 from qmpsnap.host import lock
@@ -152,8 +151,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 )
             except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
-                if isinstance(failure, QemuGone) and debt.phase is Phase.HOLDING:
-                    await really_gone(facts, failure)
+                await look_for_qemu(facts, debt, failure)
                 raise
         try:
             trial = judged.trial if judged else roots.allow_local_store

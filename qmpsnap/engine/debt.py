@@ -18,7 +18,13 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase, move
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import GuestLeftStopped, MonitorAbsent, QemuGone, SnapError
+from qmpsnap.errors import (
+    GuestLeftStopped,
+    GuestStillFrozen,
+    MonitorAbsent,
+    QemuGone,
+    SnapError,
+)
 from qmpsnap.host import process as host_process
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.host.process import ProcessFacts
@@ -134,12 +140,19 @@ async def _ended(known: ProcessFacts) -> bool:
     return await asyncio.to_thread(host_process.ends, known, _DYING)
 
 
-async def really_gone(facts: survey.Survey, gone: QemuGone) -> None:
-    """Raises GuestLeftStopped when only the socket has gone: nobody can continue the guest."""
+async def look_for_qemu(facts: survey.Survey, debt: Debt, failure: BaseException) -> None:
+    """What *failure* says of the guest is true, or another error is raised in its place.
+
+    GuestLeftStopped when only the socket has gone: nobody can continue the guest. QemuGone when
+    nobody could thaw a guest that is no more.
+    """
     known = facts.process
-    if known is None or await _ended(known):
+    if known is None:
         return
-    raise GuestLeftStopped(
-        f"QEMU, process {known.pid}, lives, but its monitor has gone: the guest may be stopped",
-        hint="send `cont` over another monitor, then `qmpsnap recover`",
-    ) from gone
+    if isinstance(failure, QemuGone) and debt.phase is Phase.HOLDING and not await _ended(known):
+        raise GuestLeftStopped(
+            f"QEMU, process {known.pid}, lives, but its monitor has gone: the guest may be stopped",
+            hint="send `cont` over another monitor, then `qmpsnap recover`",
+        ) from failure
+    if isinstance(failure, GuestStillFrozen) and await _ended(known):
+        raise QemuGone(f"QEMU, process {known.pid}, has ended while the guest was frozen") from None

@@ -10,7 +10,7 @@ import msgspec
 from qmpsnap.engine import allowance, copies, create, layers, spool, survey
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
-from qmpsnap.engine.debt import Debt, given_up, given_up_later, journaled
+from qmpsnap.engine.debt import Debt, given_up, given_up_later, journaled, look_for_qemu
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.instant import instant
 from qmpsnap.engine.machine import Machine
@@ -91,8 +91,9 @@ async def refresh(
                 copied = await copies.taken(
                     monitor, made, debt, folder, points, copying, report, asked=Level.AUTO
                 )
-            except BaseException:
+            except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
+                await look_for_qemu(facts, debt, failure)
                 raise
         half = await _sealed(roots, machine, made, captured, copied, of, points, debt)
         await copies.paid(roots, machine, made, debt)

@@ -116,4 +116,7 @@ async def connect(path: Path, *, within: float = 3.0) -> AsyncIterator[Agent]:
     finally:
         with suppress(OSError):  # the watchdog may hold it too: closed alone it would go on
             writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-        writer.close()
+        # what is not sent yet goes to nobody who would read it; a failed write is not told later
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()

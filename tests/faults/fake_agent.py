@@ -25,11 +25,15 @@ class FakeAgent:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Nobody is there any more."""
         for one in (self._listener, self._client):
             if one is not None:
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.hang_up()
         self._thread.join()
         self._listener.close()
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qmpsnap.engine.machine import Machine
-from qmpsnap.engine.wishes import Quiesce, RamChoice
-from qmpsnap.errors import AgentError, Blocked
+from qmpsnap.engine.wishes import Level, Quiesce, RamChoice
+from qmpsnap.errors import AgentError, Blocked, QemuGone
 from qmpsnap.hypervisor import agent as door
 from tests.faults import child
 from tests.faults.bench import Bench, bench, wishes
@@ -123,6 +123,31 @@ async def test_a_guest_that_somebody_else_thawed_meanwhile_gives_no_snapshot(
         assert it.wire.happened.is_set()
         assert it.chains() == before
         assert await it.all_is_well() == set()
+
+
+@pytest.mark.parametrize("verb", ["create", "refresh"])
+async def test_a_guest_that_ended_while_it_was_frozen_needs_no_help(
+    verb: str, qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        with fake_agent(short / "ga") as agent:
+            machine = _machine(it, agent.path)
+            made = await it.engine().create(machine, wishes(RamChoice.NONE, level=Level.FULL))
+
+            def power_fails() -> None:
+                it.qemu.kill()
+                agent.path.unlink()
+                agent.hang_up()
+
+            it.wire.arm(Fault("transaction", then=power_fails))
+            with pytest.raises(QemuGone, match="has ended while the guest was frozen"):
+                if verb == "create":
+                    await it.engine().create(machine, _FREEZE)
+                else:
+                    await it.engine().refresh(machine, made.id, quiesce=Quiesce.AGENT)
+        assert it.wire.happened.is_set()
+        assert agent.status == "frozen"
+        assert it.owes() == []
 
 
 @pytest.mark.guest
