@@ -42,7 +42,8 @@ class BadFs:
 
     def fails(self, how: str = "") -> None:
         """From now on: `write N` and `fsync N` are EIO after N bytes of an image; `slow S` takes
-        S seconds a write; `hang` does not return before it is told otherwise. "": nothing fails."""
+        S seconds a write; `hang` does not return before it is told otherwise; `full` and `readonly`
+        are ENOSPC and EROFS for whatever makes something new. "": nothing fails."""
         new = self.control.with_suffix(".new")
         new.write_text(how)
         self.seen.write_bytes(b"")
@@ -55,8 +56,11 @@ class BadFs:
 
 
 @contextlib.contextmanager
-def badfs(path: Path, aside: Path) -> Iterator[BadFs]:
-    """A file system at *path* for the block, its content in *aside*. Needs root and /dev/fuse."""
+def badfs(path: Path, aside: Path, *, images: bool = True) -> Iterator[BadFs]:
+    """A file system at *path* for the block, its content in *aside*. Needs root and /dev/fuse.
+
+    Without *images*, all of its files fail, not only those of disks.
+    """
     if os.geteuid() != 0 or not Path("/dev/fuse").exists():
         if os.environ.get("CI"):
             pytest.fail("no FUSE here: root and /dev/fuse are needed")
@@ -73,6 +77,7 @@ def badfs(path: Path, aside: Path) -> Iterator[BadFs]:
         "tests.faults.badfs",
         str(path),
         str(aside),
+        "images" if images else "all",
     ]
     server = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE)
     assert server.stdout is not None
@@ -88,8 +93,9 @@ def badfs(path: Path, aside: Path) -> Iterator[BadFs]:
 
 
 class _Server:
-    def __init__(self, aside: Path) -> None:
+    def __init__(self, aside: Path, *, images: bool) -> None:
         self._control, self._seen = aside / "control", aside / "seen"
+        self._every = not images
         self._nodes = {1: os.open(aside / "content", os.O_PATH)}
         self._images: set[int] = set()
         self._written = 0
@@ -146,6 +152,7 @@ class _Server:
         return self._getattr(node, b"")
 
     def _mkdir(self, node: int, body: bytes) -> bytes:
+        self._new()
         mode, mask = struct.unpack_from("<2I", body)
         os.mkdir(_name(body[8:]), mode & ~mask, dir_fd=self._nodes[node])
         return self._lookup(node, body[8:])
@@ -159,6 +166,7 @@ class _Server:
         return b""
 
     def _rename(self, node: int, body: bytes, skip: int = 8) -> bytes:
+        self._new()
         (to,) = struct.unpack_from("<Q", body)
         old, new = body[skip:].split(b"\0")[:2]
         os.rename(old, new, src_dir_fd=self._nodes[node], dst_dir_fd=self._nodes[to])
@@ -170,6 +178,7 @@ class _Server:
         return self._rename(node, body, 16)
 
     def _link(self, node: int, body: bytes) -> bytes:
+        self._new()
         (old,) = struct.unpack_from("<Q", body)
         os.link(
             self._path(old), _name(body[8:]), dst_dir_fd=self._nodes[node], follow_symlinks=True
@@ -183,11 +192,14 @@ class _Server:
 
     def _opened(self, fd: int) -> bytes:
         self._images.discard(fd)
-        if any(kind in str(Path(f"/proc/self/fd/{fd}").readlink()) for kind in (".qcow2", ".raw")):
+        if self._every or any(
+            kind in str(Path(f"/proc/self/fd/{fd}").readlink()) for kind in (".qcow2", ".raw")
+        ):
             self._images.add(fd)
         return struct.pack("<Q2I", fd, 0, 0)
 
     def _create(self, node: int, body: bytes) -> bytes:
+        self._new()
         flags, mode, mask, _ = struct.unpack_from("<4I", body)
         name = _name(body[16:])
         wanted = flags & (os.O_ACCMODE | os.O_TRUNC | os.O_EXCL) | os.O_CREAT
@@ -217,6 +229,8 @@ class _Server:
         if how == what and self._written > float(number):
             self._note()
             raise OSError(errno.EIO, "")
+        if what == "write":
+            self._new()
         if how == "slow" and what == "write":
             self._note()
             time.sleep(float(number))
@@ -224,6 +238,12 @@ class _Server:
             self._note()
             while self._control.read_text() == how:
                 time.sleep(0.01)
+
+    def _new(self) -> None:
+        """Before anything is made, renamed or removed."""
+        if number := _MAKING.get(self._control.read_text()):
+            self._note()
+            raise OSError(number, "")
 
     def _note(self) -> None:
         with self._seen.open("ab") as seen:
@@ -258,6 +278,7 @@ class _Server:
         return b""
 
 
+_MAKING = {"full": errno.ENOSPC, "readonly": errno.EROFS}
 _NAMES = {
     1: "lookup", 3: "getattr", 4: "setattr", 9: "mkdir", 10: "unlink", 11: "rmdir", 12: "rename",
     13: "link", 14: "open", 15: "read", 16: "write", 17: "statfs", 18: "release", 20: "fsync",
@@ -279,13 +300,13 @@ def _attr(of: os.stat_result) -> bytes:
     )  # fmt: skip
 
 
-def _serve(path: Path, aside: Path) -> None:
+def _serve(path: Path, aside: Path, *, images: bool) -> None:
     fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
     if _libc.mount(b"badfs", os.fsencode(path), b"fuse", 0, options) != 0:
         raise OSError(ctypes.get_errno(), "mount")
     print("ready", flush=True)
-    server = _Server(aside)
+    server = _Server(aside, images=images)
     while True:
         try:
             request = os.read(fuse, _MAX_WRITE + 8192)
@@ -306,4 +327,4 @@ def _serve(path: Path, aside: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), Path(sys.argv[2]))
+    _serve(Path(sys.argv[1]), Path(sys.argv[2]), images=sys.argv[3] == "images")

@@ -74,6 +74,16 @@ class Console:
         self._text = self._text[match.end() :]
         return match
 
+    async def listen(self) -> None:
+        """Read until cancelled, and keep what the witness complains of.
+
+        A port whose client does not read stands still: so it is in a snapshot, and after a restore.
+        """
+        while data := await self._reader.read(65536):
+            self._text += data.decode(errors="replace").replace("\r", "")
+            *lines, self._text = self._text.split("\n")
+            self.alarms += _ALARM.findall("".join(f"{line}\n" for line in lines))
+
     async def run(self, command: str, *, within: float) -> str:
         """Run one line in the guest's shell; what it printed. Raises CommandFailed."""
         output, status = await self._call(command, within)
