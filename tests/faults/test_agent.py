@@ -140,11 +140,13 @@ async def test_a_guest_that_ended_while_it_was_frozen_needs_no_help(
                 agent.hang_up()
 
             it.wire.arm(Fault("transaction", then=power_fails))
+            engine = it.engine()
+            again = {
+                "create": lambda: engine.create(machine, _FREEZE),
+                "refresh": lambda: engine.refresh(machine, made.id, quiesce=Quiesce.AGENT),
+            }
             with pytest.raises(QemuGone, match="has ended while the guest was frozen"):
-                if verb == "create":
-                    await it.engine().create(machine, _FREEZE)
-                else:
-                    await it.engine().refresh(machine, made.id, quiesce=Quiesce.AGENT)
+                await again[verb]()
         assert it.wire.happened.is_set()
         assert agent.status == "frozen"
         assert it.owes() == []
