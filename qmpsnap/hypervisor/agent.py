@@ -103,22 +103,26 @@ async def connect(
 ) -> AsyncIterator[Agent]:
     """A synchronised session with the agent behind the unix socket *path*.
 
-    *told* gets the connection's descriptor before anything is said over it: who hangs from there
-    on keeps everybody else from the agent. Raises AgentError.
+    *told* gets the descriptor before it is connected: who hangs from there on keeps everybody else
+    from the agent. Raises AgentError.
     """
-    try:
-        async with asyncio.timeout(within):
-            reader, writer = await asyncio.open_unix_connection(str(path), limit=_LONGEST)
-    except (OSError, TimeoutError) as absent:
-        raise AgentError(f"{path}: {absent or 'busy'}") from absent
-    wire = writer.get_extra_info("socket")
-    agent = Agent(path, reader, writer)
+    wire = socket.socket(socket.AF_UNIX)
+    wire.setblocking(False)
+    close: Callable[[], object] = wire.close
     try:
         if told is not None:
             told(wire.fileno())
+        try:
+            async with asyncio.timeout(within):
+                await asyncio.get_running_loop().sock_connect(wire, str(path))
+                reader, writer = await asyncio.open_unix_connection(sock=wire, limit=_LONGEST)
+        except (OSError, TimeoutError) as absent:
+            raise AgentError(f"{path}: {absent or 'busy'}") from absent
+        close = writer.close
+        agent = Agent(path, reader, writer)
         await agent.synchronise(within=within)
         yield agent
     finally:
         with suppress(OSError):  # whoever was told holds it too: closed alone it would go on
             wire.shutdown(socket.SHUT_RDWR)
-        writer.close()
+        close()
