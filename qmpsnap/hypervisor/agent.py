@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,6 @@ class Agent:
     ) -> None:
         self.path, self._reader, self._writer = path, reader, writer
         self._ids = itertools.count(os.getpid() << 16)
-
-    def fileno(self) -> int:
-        """The connection's descriptor, for the watchdog to cut it when we no longer can."""
-        return int(self._writer.get_extra_info("socket").fileno())
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, within: float = 5.0
@@ -102,21 +98,40 @@ class Agent:
 
 
 @asynccontextmanager
-async def connect(path: Path, *, within: float = 3.0) -> AsyncIterator[Agent]:
-    """A synchronised session with the agent behind the unix socket *path*. Raises AgentError."""
+async def connect(
+    path: Path, *, within: float = 3.0, told: Callable[[int], None] | None = None
+) -> AsyncIterator[Agent]:
+    """A synchronised session with the agent behind the unix socket *path*.
+
+    *told* gets the descriptor before it is connected: who hangs from there on keeps everybody else
+    from the agent. Raises AgentError.
+    """
+    wire = socket.socket(socket.AF_UNIX)
+    wire.setblocking(False)
+    writer: asyncio.StreamWriter | None = None
     try:
-        async with asyncio.timeout(within):
-            reader, writer = await asyncio.open_unix_connection(str(path), limit=_LONGEST)
-    except (OSError, TimeoutError) as absent:
-        raise AgentError(f"{path}: {absent or 'busy'}") from absent
-    agent = Agent(path, reader, writer)
-    try:
+        if told is not None:
+            told(wire.fileno())
+        try:
+            async with asyncio.timeout(within):
+                await asyncio.get_running_loop().sock_connect(wire, str(path))
+                reader, writer = await asyncio.open_unix_connection(sock=wire, limit=_LONGEST)
+        except (OSError, TimeoutError) as absent:
+            raise AgentError(f"{path}: {absent or 'busy'}") from absent
+        agent = Agent(path, reader, writer)
         await agent.synchronise(within=within)
         yield agent
     finally:
-        with suppress(OSError):  # the watchdog may hold it too: closed alone it would go on
-            writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-        # what is not sent yet goes to nobody who would read it; a failed write is not told later
-        writer.transport.abort()
-        with suppress(OSError):
-            await writer.wait_closed()
+        with suppress(OSError):  # whoever was told holds it too: closed alone it would go on
+            wire.shutdown(socket.SHUT_RDWR)
+        await _closed(wire, writer)
+
+
+async def _closed(wire: socket.socket, writer: asyncio.StreamWriter | None) -> None:
+    if writer is None:
+        wire.close()
+        return
+    # what is not sent yet goes to nobody who would read it; a failed write is not told later
+    writer.transport.abort()
+    with suppress(OSError):
+        await writer.wait_closed()

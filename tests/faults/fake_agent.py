@@ -18,6 +18,8 @@ class FakeAgent:
         self.path, self._replies = path, replies
         self.heard: list[str] = []
         self.status = "thawed"
+        self.deaf = 0
+        """So many of the next clients get no answer."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(4)
@@ -41,7 +43,10 @@ class FakeAgent:
         with contextlib.suppress(OSError):
             while True:
                 self._client, _ = self._listener.accept()
+                deaf, self.deaf = self.deaf > 0, max(0, self.deaf - 1)
                 with self._client, contextlib.suppress(ConnectionError):
+                    if deaf:
+                        self._client.makefile("rb").read()
                     self._serve(self._client)
 
     def _serve(self, client: socket.socket) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,22 @@ async def test_a_sound_agent_freezes_and_thaws(qemu72: Path, short: Path, store:
             "guest-fsfreeze-thaw",
             "guest-fsfreeze-status",
         ]
+
+
+async def test_who_may_have_to_cut_a_session_knows_it_before_it_is_one(short: Path) -> None:
+    """And its end is one for whoever holds its descriptor too."""
+    held: list[socket.socket] = []
+
+    def told(connection: int) -> None:
+        held.append(socket.socket(fileno=os.dup(connection)))
+        with pytest.raises(OSError, match="not connected"):
+            held[0].getpeername()
+
+    with fake_agent(short / "ga") as agent:
+        async with door.connect(agent.path, told=told) as one:
+            assert await one.execute("guest-fsfreeze-status") == "thawed"
+        with held[0]:
+            assert held[0].recv(1) == b""
 
 
 _NOISES: dict[str, Any] = {

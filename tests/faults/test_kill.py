@@ -98,6 +98,21 @@ async def test_a_kill_at_a_note_of_the_journal_leaves_a_whole_snapshot_or_none(
             assert "id" in await child.outcome(process)
 
 
+async def test_a_probe_that_was_broken_off_is_taken_back(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        with _engine(it, RamChoice.NONE) as process:
+            it.wire.arm(Fault("migrate-set-capabilities", then=process.kill))
+            assert await child.outcome(process) == {}
+        capabilities = it.witness.ask("query-migrate-capabilities")
+        on = [one["capability"] for one in capabilities if one["state"]]
+        assert on == ["background-snapshot"]
+        assert it.owes() == []
+        assert await it.engine().recover(it.clean) == []
+        assert await it.all_is_well() == set()
+
+
 async def test_a_guest_held_by_a_dead_engine_is_continued_by_the_watchdog(
     qemu72: Path, short: Path, store: Path
 ) -> None:
@@ -113,8 +128,7 @@ async def test_a_guest_held_by_a_dead_engine_is_continued_by_the_watchdog(
             assert await child.outcome(process) == {}
         assert states == ["paused"]
         it.witness.until_running(within=5)
-        log = (it.local / "vm/journal/watchdog.log").read_text()
-        assert "engine gone, owed: " in log
+        it.witness.until(lambda: "engine gone, owed: " in _log(it), within=5)
         assert await _cleaned_up(it) == set()
 
 
@@ -130,7 +144,7 @@ async def test_a_guest_held_by_a_hanging_engine_is_continued_at_the_deadline(
             assert it.witness.status == "paused"
             it.witness.until_running(within=10)
             assert _state(process) == "T"
-            assert "deadline passed" in (it.local / "vm/journal/watchdog.log").read_text()
+            it.witness.until(lambda: "deadline passed" in _log(it), within=5)
             process.send_signal(signal.SIGCONT)
             told = await child.outcome(process)
         assert told["exit_code"] == 4, told
@@ -138,6 +152,11 @@ async def test_a_guest_held_by_a_hanging_engine_is_continued_at_the_deadline(
         assert await it.all_is_well() == set()
         with _engine(it, RamChoice.PAUSED, margin=0.5) as process:  # the control
             assert "id" in await child.outcome(process)
+
+
+def _log(it: Bench) -> str:
+    """What the watchdog has written down, which it does when it has paid."""
+    return (it.local / "vm/journal/watchdog.log").read_text()
 
 
 def _state(process: subprocess.Popen[bytes]) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from qmpsnap.errors import AgentError
 from qmpsnap.hypervisor import agent as door
 from qmpsnap.hypervisor.abilities import set_capabilities
-from qmpsnap.hypervisor.guest.quiesce import Freezer
+from qmpsnap.hypervisor.guest import quiesce
 from qmpsnap.hypervisor.guest.watchdog import Watchdog, watching
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.vmstate import migration
@@ -172,22 +173,26 @@ def _over(eye: Witness) -> bool:
     return eye.ask("query-migrate").get("status") not in migration._ON_THE_WAY
 
 
+@pytest.mark.parametrize("when", ["synchronised", "before"])
 async def test_a_hung_engine_that_holds_the_agents_socket_is_cut_off_there(
-    machine: Running, short: Path
+    when: str, machine: Running, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quiesce, "_LONGEST", 1.0)
     with fake_agent(short / "ga") as agent, witness(machine.witness) as eye:
         async with _dying(machine, short / "log", agent=agent.path) as (_, dog):
-            freezer = Freezer(agent.path, dog)
-            await freezer.freeze()
-            async with (
-                door.connect(agent.path) as held,
-                dog.owing("thaw", within=0.5),
-            ):
-                dog.may_cut(held.fileno())
-                # the agent's socket serves one client, and that is us
-                await asyncio.to_thread(eye.until, lambda: agent.status == "thawed", within=10)
-                freezer.owed = False
-                raise _GoneError
+            await quiesce.Freezer(agent.path, dog).freeze()
+            agent.deaf = when == "before"
+            hanging = asyncio.create_task(_hang(agent.path, dog))
+            # the agent's socket serves one client, and that is us
+            await asyncio.to_thread(eye.until, lambda: agent.status == "thawed", within=10)
+            hanging.cancel()
+            with contextlib.suppress(asyncio.CancelledError, AgentError):
+                await hanging
+
+
+async def _hang(agent: Path, dog: Watchdog) -> None:
+    async with door.connect(agent, within=60, told=dog.may_cut):
+        await asyncio.Event().wait()
 
 
 async def test_an_agent_that_is_still_busy_with_the_freeze_is_waited_for(
@@ -208,7 +213,7 @@ async def test_an_agent_that_is_still_busy_with_the_freeze_is_waited_for(
     ):
         agents.append(agent)
         async with _dying(machine, short / "log", agent=agent.path) as (_, dog):
-            freezing = asyncio.create_task(Freezer(agent.path, dog).freeze())
+            freezing = asyncio.create_task(quiesce.Freezer(agent.path, dog).freeze())
             await asyncio.to_thread(asked.wait, 10)
             freezing.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,10 @@ class Freezer:
 
     async def freeze(self) -> None:
         """Freeze all file systems. Raises AgentError, or Blocked if somebody else froze them."""
-        async with door.connect(self._path) as agent:
+        async with self._session() as agent:
             if await agent.execute("guest-fsfreeze-status") != "thawed":
                 raise Blocked("the guest is frozen already, by somebody else")
             if self._watchdog is not None:
-                self._watchdog.may_cut(agent.fileno())
                 owing = self._watchdog.owing("thaw", within=_LONGEST)
                 self._debt = await self._debts.enter_async_context(owing)
             self.owed, self.state.since = True, time.monotonic()
@@ -68,9 +67,7 @@ class Freezer:
         trouble: AgentError | None = None
         for _ in range(3):
             try:
-                async with door.connect(self._path) as agent:
-                    if self._watchdog is not None:
-                        self._watchdog.may_cut(agent.fileno())
+                async with self._session() as agent:
                     thawed = await agent.count("guest-fsfreeze-thaw", within=self._within)
                     if self.state.thawed is None:
                         self.state.thawed = thawed
@@ -80,6 +77,10 @@ class Freezer:
             except AgentError as failed:
                 trouble = failed
         raise GuestStillFrozen(f"the guest could not be thawed: {trouble}") from trouble
+
+    def _session(self) -> AbstractAsyncContextManager[door.Agent]:
+        told = self._watchdog.may_cut if self._watchdog is not None else None
+        return door.connect(self._path, told=told)
 
     async def _settled(self) -> None:
         self.owed = False
