@@ -2,8 +2,9 @@
 
     python -m tests.campaigns.store [--mounts NAME,...] [--faults NAME,...] [-- options of with-nfs]
 
-For each mount a rig is started, and in it one guest that runs through all faults. What is measured
-is how long the guest was silent, from inside, beside the same with a healthy store.
+For each mount a rig is started, and in it one VM that goes through all faults: of firmware only, or
+with --guest the test guest, which tells from inside how long it stood still, beside the same with a
+healthy store.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.wishes import Wishes
-from qmpsnap.errors import SnapError
+from qmpsnap.errors import NotShipped
+from tests.faults.bench import bench
 from tests.rig.console import Heartbeat
 from tests.rig.graph import status
-from tests.rig.guest import Guest, booted
+from tests.rig.guest import booted
 from tests.rig.qemu import ROOT, binary
 
 MOUNT = Path(os.environ.get("NFS_MOUNT", "/mnt/nfs"))
 WITHIN = 12.0  # seconds without progress after which the store is given up
+WISHES = Wishes(max_pause=30)
 MOUNTS = {
     "v4.2 hard": ("4.2", ""),
     "v4.2 soft": ("4.2", "soft,timeo=10,retrans=1"),
@@ -70,21 +73,21 @@ FAULTS = [
     Fault("stale (shipping)", ("stale",), ("remount",)),
 ]
 NAMES = [one.name for one in FAULTS]
-SAMPLE = ["read-only (before)", "no inodes (saving RAM)", "stale (shipping)"]
+SAMPLE = ["hung (saving RAM)", "read-only (before)", "link cut (shipping)"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """*exit*: of `create`; *took_s* and *silent_ms* until then; *later_s*: until it was delivered
-    after the store was mended."""
+    """*exit*: of `create`, which took *took_s* and held the VM for *pause_ms*; the guest was silent
+    for *silent_ms*. *later_s*: until it was delivered after the store was mended."""
 
     mount: str
     fault: str
     exit: int
     took_s: float
-    silent_ms: float
+    pause_ms: float
+    silent_ms: float | None
     later_s: float | None
-    sound: bool
     said: str
 
 
@@ -105,7 +108,7 @@ def steer(words: str) -> dict[str, Any]:
 
 
 def _store() -> Path:
-    return MOUNT / "pairs"
+    return MOUNT / f"campaign-{os.getpid()}"
 
 
 class _Armed:
@@ -123,80 +126,96 @@ class _Armed:
             self.then()
 
 
-async def campaign(mount: str, faults: list[Fault], say: Callable[[Row], None]) -> None:
+async def campaign(
+    mount: str, faults: list[Fault], say: Callable[[Row], None], *, with_guest: bool
+) -> None:
     """A row for the healthy store, and one for each fault. Raises AssertionError for a broken
     promise: a guest that does not run on, a spool that is not delivered whole."""
     folder = Path(tempfile.mkdtemp(prefix="qs"))
     _store().mkdir()
-    armed = _Armed()
-    engine = Engine(
-        folder / "local", _store(), store_within=WITHIN, ship_retry=0, ram_images=2, report=armed
-    )
-    async with booted(binary("7.2"), folder) as guest:
-        machine = Machine("web", guest.qmp, guest.agent)
-        with Heartbeat.open(guest.heartbeat) as heart:
-            await engine.create(machine, Wishes(max_pause=30))  # the first one copies all
-            rounds = [Fault("healthy", ()), Fault("healthy", ()), *faults]
-            for fault in rounds:
-                say(await _round(mount, engine, machine, guest, heart, armed, fault))
-        assert (await guest.console.witness(within=120)).ok
+    rounds = [Fault("healthy", ()), Fault("healthy", ()), *faults]
+    if with_guest:
+        async with booted(binary("7.2"), folder) as guest:
+            with Heartbeat.open(guest.heartbeat) as heart:
+                scene = _Scene(mount, folder, Machine("web", guest.qmp, guest.agent), heart)
+                await scene.all(rounds, lambda: status(guest.qemu.witness), say)
+            assert (await guest.console.witness(within=120)).ok
+    else:
+        async with bench(binary("7.2"), folder, _store()) as vm:
+            scene = _Scene(mount, folder, Machine("web", vm.qemu.qmp), None)
+            await scene.all(rounds, lambda: asyncio.to_thread(lambda: vm.witness.status), say)
     shutil.rmtree(folder)
+    shutil.rmtree(_store())
 
 
-async def _round(
-    mount: str,
-    engine: Engine,
-    machine: Machine,
-    guest: Guest,
-    heart: Heartbeat,
-    armed: _Armed,
-    fault: Fault,
-) -> Row:
-    def strike() -> None:
-        for verb in fault.verbs:
+class _Scene:
+    """A VM, and an engine between a local root in *folder* and the store."""
+
+    def __init__(self, mount: str, folder: Path, machine: Machine, heart: Heartbeat | None) -> None:
+        self._mount, self._machine, self._heart = mount, machine, heart
+        self._armed = _Armed()
+        self._engine = Engine(
+            folder / "roots", _store(), store_within=WITHIN, ship_retry=0, ram_images=2,
+            report=self._armed,
+        )  # fmt: skip
+
+    async def all(
+        self, rounds: list[Fault], state: Callable[[], Awaitable[str]], say: Callable[[Row], None]
+    ) -> None:
+        await self._engine.create(self._machine, WISHES)  # the first one copies all
+        for fault in rounds:
+            row = await self._round(fault)
+            assert await state() == "running"
+            say(row)
+
+    async def _round(self, fault: Fault) -> Row:
+        def strike() -> None:
+            for verb in fault.verbs:
+                steer(verb)
+
+        self._armed.arm(fault.at if fault.verbs else "", strike)
+        if fault.verbs and not fault.at:
+            strike()
+        begun, mark, code, said = time.monotonic(), Heartbeat.mark(), 0, ""
+        try:
+            made: Any = await self._engine.create(self._machine, WISHES)
+        except NotShipped as waiting:
+            code, said, made = waiting.exit_code, str(waiting), waiting.created
+        took, silent = time.monotonic() - begun, None
+        if self._heart is not None:
+            silent = round(self._heart.silence(mark, Heartbeat.mark()) * 1000, 1)
+        assert fault.verbs or code == 0, said
+        assert self._armed.fired or not fault.at or not fault.verbs, f"{fault.name} never was"
+        for verb in fault.mend:
             steer(verb)
+        later = await self._delivered() if code else None
+        found: list[Any] = []
+        if fault.mend != ("remount",):  # what came before is on a file system that is gone
+            found = (await self._engine.verify("web")).findings
+        assert found == [], fault.name
+        return Row(
+            mount=self._mount, fault=fault.name, exit=code, took_s=round(took, 1),
+            pause_ms=made.pause_ms, silent_ms=silent, later_s=later, said=said,
+        )  # fmt: skip
 
-    armed.arm(fault.at if fault.verbs else "", strike)
-    if fault.verbs and not fault.at:
-        strike()
-    begun, mark, code, said = time.monotonic(), heart.mark(), 0, ""
-    try:
-        await engine.create(machine, Wishes(max_pause=30))
-    except SnapError as failed:
-        code, said = failed.exit_code, str(failed)
-    took, silent = time.monotonic() - begun, heart.silence(mark, heart.mark())
-    assert code in ({0, 5} if fault.verbs else {0}), said
-    assert not fault.at or not fault.verbs or armed.fired, f"{fault.name} never was"
-    assert await status(guest.qemu.witness) == "running"
-    for verb in fault.mend:
-        steer(verb)
-    later = await _delivered(engine) if code == 5 else None
-    sound = True
-    if fault.mend != ("remount",):  # all that came before is on a file system that is gone
-        sound = not (await engine.verify("web")).findings
-    assert sound, fault.name
-    return Row(mount, fault.name, code, round(took, 1), round(silent * 1000, 1), later, sound, said)
-
-
-async def _delivered(engine: Engine) -> float:
-    """Seconds until `ship` has delivered all: a client comes back in its own time."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < 120:
-        _, waiting = await engine.ship("web")
-        if not waiting:
-            return round(time.monotonic() - begun, 1)
-    raise AssertionError(f"still not delivered: {waiting[0]}")
+    async def _delivered(self) -> float:
+        """Seconds until `ship` has delivered all: a client comes back in its own time."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < 120:
+            _, waiting = await self._engine.ship("web")
+            if not waiting:
+                return round(time.monotonic() - begun, 1)
+        raise AssertionError(f"still not delivered: {waiting[0]}")
 
 
 def _table(rows: list[Row]) -> str:
-    text = "| mount | fault, and when | exit | `create` took | guest silent | delivered after |\n"
-    text += "|---|---|---|---|---|---|\n"
+    text = "| mount | fault, and when | exit | took | pause | guest silent | delivered after |\n"
+    text += "|---|---|---|---|---|---|---|\n"
     for row in rows:
         later = "" if row.later_s is None else f"{row.later_s} s"
-        text += (
-            f"| {row.mount} | {row.fault} | {row.exit} | {row.took_s} s | {row.silent_ms:.0f} ms"
-        )
-        text += f" | {later} |\n"
+        silent = "" if row.silent_ms is None else f"{row.silent_ms:.0f} ms"
+        text += f"| {row.mount} | {row.fault} | {row.exit} | {row.took_s} s | "
+        text += f"{row.pause_ms:.0f} ms | {silent} | {later} |\n"
     return text
 
 
@@ -206,6 +225,7 @@ def main() -> int:
     parser.add_argument(
         "--faults", default=",".join(one.name for one in FAULTS).replace(", ", "; ")
     )
+    parser.add_argument("--guest", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("rig", nargs="*", help="options of scripts/with-nfs")
     given = parser.parse_args()
@@ -215,7 +235,7 @@ def main() -> int:
         def say(row: Row) -> None:
             print(json.dumps(asdict(row)), flush=True)
 
-        asyncio.run(campaign(given.mounts, faults, say))
+        asyncio.run(campaign(given.mounts, faults, say, with_guest=given.guest))
         return 0
     rows: list[Row] = []
     code = 0
@@ -224,6 +244,7 @@ def main() -> int:
         line = [str(ROOT / "scripts/with-nfs"), "--vers", version, "--opts", options, *given.rig]
         line += ["--timeout", "1800", "--", sys.executable, "-m", "tests.campaigns.store"]
         line += ["--inside", "--mounts", mount, "--faults", given.faults]
+        line += ["--guest"] if given.guest else []
         with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             assert process.stdout is not None
             for text in process.stdout:
