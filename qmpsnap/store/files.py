@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,9 @@ Progress = Callable[[int, int, str], None]
 """Told bytes done, bytes in all, and what is being done."""
 
 CHUNK = 4 << 20
-_SYNC_EVERY = 8 * CHUNK
+PIECE = 256 << 10
+"""Read at a time, so that a store of 100 kB/s is seen to make progress every few seconds."""
+_SYNC_AT_MOST = 8 * CHUNK
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 """What a file system says that makes no links, or no more of this file."""
 _PLAIN = {
@@ -242,19 +245,31 @@ def copy_verified(
         forget_partial(dst, target)
         return
     with opened(src, source) as reading, partial(dst, target) as writing:
-        hasher, done = blake3(), 0
+        hasher, done, synced, step = blake3(), 0, 0, PIECE
         for chunk in _read_as(src, source, reading):
             hasher.update(chunk)
             write_all(writing, chunk)
             done += len(chunk)
-            if done % _SYNC_EVERY == 0 or done >= entry.bytes:
+            if done - synced >= step or done >= entry.bytes:
+                began = time.monotonic()
                 os.fdatasync(writing)
+                step, synced = _next_step(step, time.monotonic() - began), done
                 _tell(on_progress, done, entry.bytes, f"copying {entry.name}")
             if done > entry.bytes:
                 break
         if (done, hasher.hexdigest()) != (entry.bytes, entry.blake3):
             raise DigestMismatch(f"{src}: the content is not what the manifest says (BLAKE3)")
         read_back(writing, dst, entry, on_progress, target)
+
+
+def _next_step(step: int, took: float) -> int:
+    """How many bytes are to be synced next, when *step* of them took as many seconds.
+
+    Nothing is known of a sync before it ends, and a slow store must not pass for a dead one.
+    """
+    if took < 0.25:
+        return min(2 * step, _SYNC_AT_MOST)
+    return step if took < 1 else max(step // 4, PIECE)
 
 
 def copy_to_fd(
@@ -317,7 +332,7 @@ def write_all(descriptor: int, content: bytes | memoryview) -> None:
 
 def _chunks(descriptor: int, limit: int | None = None) -> Iterator[bytes]:
     left = limit
-    while chunk := os.read(descriptor, CHUNK if left is None else min(CHUNK, left)):
+    while chunk := os.read(descriptor, PIECE if left is None else min(PIECE, left)):
         yield chunk
         if left is not None:
             left -= len(chunk)

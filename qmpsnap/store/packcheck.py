@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from qmpsnap.errors import DamagedData, DigestMismatch, LocalFailed, StoreError
-from qmpsnap.store.files import CHUNK, Progress, expect_size, opened
+from qmpsnap.store.files import PIECE, Progress, expect_size, opened
 from qmpsnap.store.rampack import Frame, chunk_of, table
 from qmpsnap.store.shelf import Lying
 
@@ -56,7 +56,7 @@ def _read(lying: Lying, descriptor: int, progress: Progress | None) -> None:
     except DamagedData as odd:
         spoilt = odd  # told when the file is what it was
     hasher, chunks, done = blake3(), _Chunks(frames), 0
-    while piece := os.read(descriptor, CHUNK):
+    while piece := os.read(descriptor, PIECE):
         hasher.update(piece)
         chunks.take(piece)
         done += len(piece)

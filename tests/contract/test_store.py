@@ -354,7 +354,7 @@ async def test_a_store_that_stops_in_the_middle_is_left(root, local, spool):
     assert psutil.Process().children() == []
     assert await state(store, local) == "shipping"
     await Store(root).ship(spool, "web", ID)
-    assert await store.verify("web", ID) == []
+    assert await Store(root).verify("web", ID) == []
 
 
 async def test_cancelled_at_once(root, spool):

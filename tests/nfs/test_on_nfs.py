@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Level, Wishes
 from qmpsnap.errors import NotShipped, StoreStalled
 from qmpsnap.host.filesystem import mount_of
+from tests.nfs.conftest import Server
 from tests.rig.console import Heartbeat
 from tests.rig.graph import chains, status
 from tests.rig.guest import Guest, agrees, booted
@@ -29,29 +28,6 @@ MOUNT = Path(os.environ.get("NFS_MOUNT", "/mnt/nfs"))
 WITHIN = 4.0  # seconds without progress after which the store is given up
 PAUSE = 8  # seconds; longer than any silence of the guest may be
 SILENCE = 5.0
-
-Server = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """Steers the NFS server: one line to $NFSCTL, one JSON line back. It is mended at the end."""
-    if "NFSCTL" not in os.environ:
-        told = "needs the rig that gives a real NFS mount: docs/hacking-nfs.md"
-        if os.environ.get("QMPSNAP_EXPECT_NFS"):
-            pytest.fail(told)
-        pytest.skip(told)
-    host, port = os.environ["NFSCTL"].split(":")
-
-    def steer(*words: object) -> dict[str, Any]:
-        with socket.create_connection((host, int(port))) as wire:
-            wire.sendall((" ".join(map(str, words)) + "\n").encode())
-            answer: dict[str, Any] = json.loads(wire.makefile().readline())
-        assert answer["ok"], answer
-        return answer
-
-    yield steer
-    steer("unfill")
 
 
 @pytest.fixture

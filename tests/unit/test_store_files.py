@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import DigestMismatch, LocalFailed, StoreError, UsageError
+from qmpsnap.store import files
 from qmpsnap.store.files import (
+    PIECE,
     copy_verified,
     digest_bytes,
     digest_file,
@@ -132,6 +134,32 @@ def test_copied_and_read_back(tmp_path, size):
     for verb in ("copying a", "reading back a"):
         assert [done for done, _, what in heard if what == verb][-1:] == [size] * bool(size)
     assert names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("bytes_a_second", "longest"), [(100_000, 3), (50 << 20, 1), (1 << 40, 1)])
+def test_a_slow_store_is_heard_of(tmp_path, monkeypatch, bytes_a_second, longest):
+    """Between two signs of progress it has to take no more than it can in some seconds."""
+    now, heard, told_at = [0.0], [], [0.0]
+    synced = [0]
+
+    def fdatasync(descriptor):
+        now[0] += (os.fstat(descriptor).st_size - synced[0]) / bytes_a_second
+        synced[0] = os.fstat(descriptor).st_size
+
+    def progress(done, total, what):
+        if what.startswith("copying"):
+            heard.append(now[0] - told_at[0])
+            told_at[0] = now[0]
+
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    content = bytes(40 * PIECE)
+    (tmp_path / "src").write_bytes(content)
+    copy_verified(tmp_path / "src", tmp_path / "a", entry(content), progress)
+    assert synced == [len(content)]
+    assert max(heard) < longest
+    if bytes_a_second > 1 << 20:
+        assert len(heard) < 8
 
 
 def test_a_copy_that_is_there_is_left_alone(tmp_path):
