@@ -110,7 +110,9 @@ async def recorded(version: str) -> dict[str, Any]:
                 )
                 await job.query(monitor)
                 await monitor.execute("query-fdsets")
-            return heard.told
+            text = json.dumps(heard.told).replace(name, "/vm")  # whatever the folder was
+            told: dict[str, Any] = json.loads(text)
+            return told
 
 
 def main() -> None:
