@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from qmpsnap.errors import ConfigError, UsageError
+from qmpsnap.errors import UNREADABLE, ConfigError, UsageError
 from qmpsnap.ids import is_vm_name
 
 STORE_TIMEOUT = 30.0
@@ -24,6 +24,7 @@ _SYSTEM = Path("/etc/qmpsnap.toml")
 _USER = Path("~/.config/qmpsnap.toml")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_LONGEST = 64  # characters of a figure: no more than a float can hold
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 T = TypeVar("T", bound=msgspec.Struct)
@@ -126,7 +127,7 @@ def load(given: Path | None = None) -> Config:
 def duration(text: str) -> float:
     """Seconds of `200ms`, `3s`, `2m`, `1h`, `30d` or `4w`. Raises UsageError."""
     found = _DURATION.fullmatch(text.strip())
-    if found is None:
+    if found is None or len(text) > _LONGEST:
         raise UsageError(f"not a duration: {text!r} (such as 200ms, 3s, 2m, 1h, 30d)")
     return float(found[1]) * _SECONDS[found[2]]
 
@@ -134,7 +135,7 @@ def duration(text: str) -> float:
 def size(text: str) -> int:
     """Bytes of `4096`, `512K`, `20M`, `1.5G` or `2T`, in powers of 1024. Raises UsageError."""
     found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    if found is None or len(text) > _LONGEST:
         raise UsageError(f"not a size: {text!r} (such as 512K, 20M, 1.5G)")
     return int(float(found[1]) * 1024 ** _POWERS[found[2].upper()])
 
@@ -155,7 +156,7 @@ def _read(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: {failed.strerror}") from failed
     except UnicodeDecodeError as failed:
         raise ConfigError(f"{path}: is not UTF-8: {failed.reason}") from failed
-    except tomllib.TOMLDecodeError as failed:
+    except UNREADABLE as failed:  # a number may also be too long
         raise ConfigError(f"{path}: {failed}") from failed
 
 

@@ -23,17 +23,33 @@ from __future__ import annotations
 
 import re
 
+UNREADABLE = (ValueError, RecursionError)
+"""What decoders raise for what is none of theirs, or is nested without end."""
+_LONGEST = 4000  # characters of a message
+
+
+def in_one_line(text: str) -> str:
+    """*text* as a message may have it: others' words are in it, a guest's and a file's among them.
+
+    What cannot be printed, a line's end too, is spelled: no terminal is told anything by it.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
 
 class SnapError(Exception):
-    """Anything that qmpsnap raises on purpose."""
+    """Anything that qmpsnap raises on purpose; its message is one line that can be printed."""
 
     exit_code = 4
     hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
+        super().__init__(in_one_line(message))
         if hint:
-            self.hint = hint
+            self.hint = in_one_line(hint)
 
     @property
     def code(self) -> str:

@@ -13,6 +13,7 @@ NodeName = NewType("NodeName", str)
 """A vertex of QEMU's block graph: at most 31 characters, letter first (or QEMU's `#block123`)."""
 
 _SHAPE = re.compile(r"[0-9]{8}T[0-9]{9}Z")  # not \d: it takes the digits of all scripts
+_LATEST = datetime(9999, 12, 31, tzinfo=UTC)  # behind it there is no next one
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LABEL_LENGTH = 11
 
@@ -65,7 +66,7 @@ def is_snapshot_id(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def _is_moment(text: str) -> bool:
     try:
-        return _SHAPE.fullmatch(text) is not None and _moment(text) is not None
+        return _SHAPE.fullmatch(text) is not None and _moment(text) < _LATEST
     except ValueError:
         return False
 
@@ -97,6 +98,6 @@ def _label(name: str) -> str:
     clean = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     if clean == name and len(clean) <= _LABEL_LENGTH and clean[:1].isalpha():
         return clean
-    digits = hashlib.sha256(name.encode()).hexdigest()[:4]
+    digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:4]
     stem = clean if clean[:1].isalpha() else f"d{clean}"
     return f"{stem[: _LABEL_LENGTH - 4].rstrip('_')}{digits}"

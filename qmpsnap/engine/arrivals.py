@@ -18,7 +18,7 @@ import msgspec
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots, moment
-from qmpsnap.errors import LocalFailed, VmBusy
+from qmpsnap.errors import UNREADABLE, LocalFailed, VmBusy
 from qmpsnap.host import lock
 from qmpsnap.host import process as host_process
 from qmpsnap.host.process import ProcessFacts
@@ -167,7 +167,7 @@ def _in_words(one: Arrival) -> str:
     path = Path(one.folder) / STATUS
     try:
         now = msgspec.json.decode(path.read_bytes(), type=Arriving)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return ""
     trouble = f"; {now.trouble}" if now.trouble else ""
     return f": {in_bytes(now.done_bytes)} of {in_bytes(now.total_bytes)} are there{trouble}"

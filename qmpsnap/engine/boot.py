@@ -28,6 +28,7 @@ from qmpsnap.host import lock
 from qmpsnap.hypervisor import agent as door
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.machine.attach import agent_chardev
+from qmpsnap.hypervisor.machine.inventory import ChardevFacts
 from qmpsnap.hypervisor.monitor import Event, Events, Monitor, connect
 from qmpsnap.shield import finish
 from qmpsnap.store import points
@@ -214,8 +215,8 @@ class _Watch:
         if not self.seen.ram or self._ready.pair.manifest.quiesce == "agent":
             return True
         wanted = agent_chardev(self._ready.relocated.cmdline)
-        there = await monitor.execute("query-chardev")
-        return any(one["label"] == wanted and one["frontend-open"] for one in there)
+        there = await monitor.query("query-chardev", list[ChardevFacts])
+        return any(one.label == wanted and one.frontend_open for one in there)
 
     def _elapsed(self) -> float:
         return round((time.monotonic() - self._since) * 1000, 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.errors import DamagedData, LocalFailed, SnapError
+from qmpsnap.errors import UNREADABLE, DamagedData, LocalFailed, SnapError
 from qmpsnap.host import qemu_img
 from qmpsnap.host.priority import in_background
 from qmpsnap.store import digests, image, points
@@ -191,7 +191,7 @@ def _file(name: str) -> str:
         return name.removeprefix("file:")
     try:
         tree = json.loads(name.removeprefix("json:"))
-    except ValueError:
+    except UNREADABLE:
         return name
     while isinstance(tree, dict):
         tree = tree.get("file.filename") or tree.get("filename") or tree.get("file")

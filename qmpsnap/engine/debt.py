@@ -8,7 +8,6 @@ import secrets
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,7 +27,9 @@ from qmpsnap.errors import (
 from qmpsnap.host import process as host_process
 from qmpsnap.host.journal import Entry, Journal
 from qmpsnap.host.process import ProcessFacts
+from qmpsnap.hypervisor.abilities import capabilities
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
+from qmpsnap.hypervisor.vmstate.migration import query_parameters
 from qmpsnap.store import local
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ async def journaled(
 
     *of* is the snapshot of which *made* is to be a revision.
     """
-    capabilities = await monitor.execute("query-migrate-capabilities")
-    parameters: dict[str, Any] = await monitor.execute("query-migrate-parameters")
+    before = await capabilities(monitor)
+    parameters = await query_parameters(monitor, ("max-bandwidth", "downtime-limit"))
     owed = recover.Owed(
         phase=Phase.PLANNED.value,
         running=made.running,
@@ -68,8 +69,8 @@ async def journaled(
         freeze=made.freeze,
         failure_safe=facts.abilities.background_safe,
         laid=layers.remembered(made.disks),
-        capabilities={one["capability"]: one["state"] for one in capabilities},
-        parameters={name: parameters[name] for name in ("max-bandwidth", "downtime-limit")},
+        capabilities=before,
+        parameters=parameters,
         uuid=identity_of(facts).uuid,
         verb="refresh" if of else "create",
         of=of,

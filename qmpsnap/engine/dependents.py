@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.store import files
 from qmpsnap.store.layout import LocalRoot
 
@@ -67,11 +67,10 @@ def standing(root: LocalRoot, vm: str, id: str) -> list[Dependent]:
     for path in sorted(folder.glob("*.json")):
         try:
             one = msgspec.json.decode(path.read_bytes(), type=Dependent)
-        except (msgspec.DecodeError, OSError):
+            made = [image for image in map(Path, one.images) if image.exists()]
+            # an empty folder: its images are being made
+            if made or (Path(one.folder).is_dir() and not any(Path(one.folder).iterdir())):
+                found.append(one)
+        except (OSError, *UNREADABLE):
             found.append(Dependent(folder=f"what {path} tells", images=[]))
-            continue
-        # an empty folder: its images are being made
-        made = [path for path in map(Path, one.images) if path.exists()]
-        if made or (Path(one.folder).is_dir() and not any(Path(one.folder).iterdir())):
-            found.append(one)
     return found

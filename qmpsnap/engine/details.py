@@ -14,7 +14,7 @@ import msgspec
 from qmpsnap.engine import firmware
 from qmpsnap.engine.firmware import FirmwareFile
 from qmpsnap.engine.roots import moment
-from qmpsnap.errors import Blocked, ReplyMalformed, UsageError
+from qmpsnap.errors import UNREADABLE, Blocked, ReplyMalformed, UsageError
 from qmpsnap.host import hugepages, tasks
 from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor.guest import system
@@ -42,7 +42,7 @@ from qmpsnap.hypervisor.machine.network import Card, NetworkBackend
 from qmpsnap.hypervisor.machine.objects import IothreadSettings, Secret, ThrottleGroup
 from qmpsnap.hypervisor.machine.processor import CpuModel, CpuSlot, Topology
 from qmpsnap.hypervisor.machine.tree import Found, TreeDevice
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.monitor import Monitor, understood
 
 T = TypeVar("T")
 _WITHIN = 2.0  # seconds for the binary to say where it looks for firmware: it takes 0.1
@@ -120,7 +120,7 @@ async def take(monitor: Monitor, subject: Subject) -> Details:
     guest = asyncio.create_task(_guest(subject, silent))
     folders = asyncio.create_task(_folders(subject))
     try:
-        found = await _asked(_Careful(asking), subject, folders)
+        found = _sound(asking, await _asked(_Careful(asking), subject, folders))
         return msgspec.structs.replace(
             found, guest=await guest, missing=list(dict.fromkeys([*asking.missing, *silent]))
         )
@@ -128,6 +128,17 @@ async def take(monitor: Monitor, subject: Subject) -> Details:
         for task in (guest, folders):
             task.cancel()
         await asyncio.gather(guest, folders, return_exceptions=True)
+
+
+def _sound(asking: Asking, found: Details) -> Details:
+    """*found* without what could be written down, and would not be understood when it is read."""
+    for field in msgspec.structs.fields(Details):
+        try:
+            msgspec.convert(msgspec.to_builtins(getattr(found, field.name)), field.type)
+        except UNREADABLE:
+            asking.missing.append(field.name)
+            found = msgspec.structs.replace(found, **{field.name: None})
+    return found
 
 
 class _Careful:
@@ -138,8 +149,9 @@ class _Careful:
 
     async def part(self, name: str, answer: Awaitable[T]) -> T | None:
         try:
-            return await answer
-        except (ReplyMalformed, UsageError, ValueError, OSError):
+            async with understood(name):
+                return await answer
+        except (ReplyMalformed, UsageError, OSError):
             self.asking.missing.append(name)
             return None
 

@@ -24,6 +24,7 @@ from qmpsnap.engine.demand import Demand, coming
 from qmpsnap.engine.orders import GO, Order, Said
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
+    UNREADABLE,
     CommandRefused,
     Failed,
     GuestLacksPages,
@@ -221,12 +222,20 @@ def _meeting() -> Iterator[Path]:
         yield Path(folder) / "pages"
 
 
+def understood(line: bytes) -> Order:
+    """The order in *line*. Raises Failed."""
+    try:
+        return msgspec.json.decode(line, type=Order)
+    except UNREADABLE as odd:
+        raise Failed(f"an order that is not understood: {odd}") from odd
+
+
 async def _fed() -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=os.dup(0)))
     line = await reader.readline()
     if not line:
         return  # it was not needed after all
-    feeder = _Feeder(msgspec.json.decode(line, type=Order), writer)
+    feeder = _Feeder(understood(line), writer)
     told = asyncio.Event()
 
     async def heard() -> None:
@@ -260,7 +269,11 @@ async def _fed() -> None:
 
 
 def main() -> int:
-    asyncio.run(_fed())
+    try:
+        asyncio.run(_fed())
+    except Failed as failed:
+        sys.stderr.write(f"{failed}\n")
+        return 1
     return 0
 
 

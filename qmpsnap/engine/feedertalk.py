@@ -14,6 +14,7 @@ import msgspec
 from qmpsnap.engine.orders import Order, Said
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
+    UNREADABLE,
     Failed,
     GuestLacksPages,
     MigrationFailed,
@@ -71,12 +72,15 @@ class Talk:
         while True:
             try:
                 line = await self._reader.readline()
-            except ConnectionError:
+            except (ConnectionError, ValueError):  # or a line without end
                 line = b""
             if not line:
                 words = await asyncio.to_thread(_last_words, self._log)
                 raise FeederLost(f"the process that brought the RAM has ended{words}")
-            said = msgspec.json.decode(line, type=Said)
+            try:
+                said = msgspec.json.decode(line, type=Said)
+            except UNREADABLE as odd:
+                raise FeederLost(f"what brings the RAM is not understood: {odd}") from odd
             if said.failed is not None:
                 kind = _KINDS.get(said.failed.code)
                 if kind is None:

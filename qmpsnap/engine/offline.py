@@ -6,8 +6,6 @@ import asyncio
 import logging
 from pathlib import Path
 
-import msgspec
-
 from qmpsnap.engine import layers, recover
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
@@ -30,8 +28,7 @@ async def settle_offline(roots: Roots, machine: Machine) -> list[recover.Recover
     for record in await asyncio.to_thread(journal.pending, roots.local.journal(machine.name)):
         if not record.lines or record.lines[0].get("verb") == "delete":
             continue  # owes nothing to the guest
-        owed = msgspec.convert(record.lines[0], recover.Owed)
-        phase = Phase(record.lines[-1]["phase"])
+        owed, phase = recover.understood(record)
         entry = journal.Journal(roots.local.journal(machine.name)).reopen(record.id)
         point = owed.point(record.id)
         did = []

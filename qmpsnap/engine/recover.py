@@ -19,13 +19,22 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.unkept import fold_unkept
-from qmpsnap.errors import LocalFailed, Refused, SnapError, StoreError, StoreRefused
+from qmpsnap.errors import (
+    UNREADABLE,
+    LocalFailed,
+    ManifestError,
+    Refused,
+    SnapError,
+    StoreError,
+    StoreRefused,
+)
 from qmpsnap.host import journal
 from qmpsnap.host import process as host_process
 from qmpsnap.host.process import ProcessFacts
 from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.block import bitmap, fold
 from qmpsnap.hypervisor.guest import quiesce, runstate
+from qmpsnap.hypervisor.machine.inventory import Cpu
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
@@ -62,6 +71,14 @@ class Owed(msgspec.Struct, frozen=True):
     def point(self, id: str) -> str:
         """The point that is being made: a snapshot, or a revision of the snapshot *of*."""
         return id if self.of is None else f"{self.of}/{id}"
+
+
+def understood(record: journal.Record) -> tuple[Owed, Phase]:
+    """The debt of a `create` or `refresh`, and how far it came. Raises ManifestError."""
+    try:
+        return msgspec.convert(record.lines[0], Owed), Phase(str(record.lines[-1].get("phase")))
+    except UNREADABLE as odd:
+        raise ManifestError(f"the journal's entry {record.id}: {odd}") from odd
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +122,8 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             folded = await fold_unkept(roots, machine, monitor, [entry])
             did = [f"folded {path}" for path in folded]
         elif record.lines:
-            owed = msgspec.convert(record.lines[0], Owed)
+            owed, phase = understood(record)
             await _refuse_other(monitor, machine, owed)
-            phase = Phase(record.lines[-1]["phase"])
             await server_ended(monitor, owed)
             if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
@@ -162,7 +178,7 @@ def _sockets(owed: Owed) -> Path | None:
 
 
 async def _refuse_other(monitor: Monitor, machine: Machine, owed: Owed) -> None:
-    uuid = (await monitor.execute("query-uuid"))["UUID"]
+    uuid = (await monitor.query("query-uuid", dict[str, str])).get("UUID")
     if owed.uuid is not None and uuid != owed.uuid:
         raise Refused(
             f"the journal of {machine.name} owes something to the VM {owed.uuid}; "
@@ -227,25 +243,22 @@ async def _is_the_same(monitor: Monitor, owed: Owed) -> bool:
     known = owed.process
     if known is None or not await asyncio.to_thread(host_process.still_runs, known):
         return False
-    threads = [one["thread-id"] for one in await monitor.execute("query-cpus-fast")]
+    threads = [one.thread_id for one in await monitor.query("query-cpus-fast", list[Cpu])]
     return bool(threads) and host_process.of_thread(threads[0]) == known.pid
 
 
 async def _set_back(monitor: Monitor, owed: Owed) -> None:
     # QEMU may be another by now, and know some of them no more
-    there = await monitor.execute("query-migrate-capabilities")
-    known = {one["capability"] for one in there}
-    capabilities = {name: on for name, on in owed.capabilities.items() if name in known}
-    await migration.set_back(monitor, capabilities, owed.parameters)
+    known = await abilities.capabilities(monitor)
+    before = {name: on for name, on in owed.capabilities.items() if name in known}
+    await migration.set_back(monitor, before, owed.parameters)
 
 
 async def _migration_ended(monitor: Monitor, owed: Owed) -> list[str]:
     now = await migration.query(monitor)
     if now.over:
         return []
-    on = await monitor.execute("query-migrate-capabilities")
-    background = any(one["capability"] == "background-snapshot" and one["state"] for one in on)
-    if background and not owed.failure_safe:
+    if (await abilities.capabilities(monitor)).get("background-snapshot") and not owed.failure_safe:
         with monitor.listen("MIGRATION") as events:
             await migration.reach(monitor, events, "completed", "failed", "cancelled")
         return ["a background save was let run to its end"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from qmpsnap.engine.details import Details, Subject
 from qmpsnap.engine.details import take as take_details
 from qmpsnap.engine.machine import Machine
-from qmpsnap.errors import LocalFailed, MonitorBusy, SnapError, VmBusy
+from qmpsnap.errors import UNREADABLE, LocalFailed, MonitorBusy, SnapError, VmBusy
 from qmpsnap.host import process as host_process
 from qmpsnap.host import qemu_img, ramfiles
 from qmpsnap.host.process import ProcessFacts
@@ -230,7 +230,9 @@ def _beside(paths: tuple[str, ...]) -> Path | None:
     if not paths or not paths[0]:
         return None
     top = Path(paths[0])
-    return top.parent if top.is_file() and os.access(top.parent, os.W_OK) else None
+    with suppress(OSError):
+        return top.parent if top.is_file() and os.access(top.parent, os.W_OK) else None
+    return None
 
 
 async def _readable_later(site: Site) -> Site:
@@ -266,9 +268,11 @@ def _plain(name: str) -> str:
         return name.removeprefix("file:")
     try:
         tree = json.loads(name.removeprefix("json:"))
-    except ValueError:
+    except UNREADABLE:
         return name
-    found = tree.get("file.filename") or tree.get("filename") or tree.get("file")
+    found = None
+    if isinstance(tree, dict):
+        found = tree.get("file.filename") or tree.get("filename") or tree.get("file")
     return str(found.get("filename", name) if isinstance(found, dict) else found or name)
 
 

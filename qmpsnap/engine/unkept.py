@@ -14,7 +14,7 @@ import msgspec
 from qmpsnap.engine import survey
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import MonitorLost, QemuGone
+from qmpsnap.errors import UNREADABLE, ManifestError, MonitorLost, QemuGone
 from qmpsnap.host import process as host_process
 from qmpsnap.host.journal import Entry
 from qmpsnap.host.process import ProcessFacts
@@ -112,8 +112,11 @@ async def _forgotten(
 
 def _lines(debt: Entry) -> list[Folding]:
     """What a deletion has noted of its folds."""
-    said = [line for line in debt.read().lines if line.get("phase") in {"folding", "folded"}]
-    return msgspec.convert(said, list[Folding])
+    said = [line for line in debt.read().lines if line.get("phase") in ("folding", "folded")]
+    try:
+        return msgspec.convert(said, list[Folding])
+    except UNREADABLE as odd:
+        raise ManifestError(f"{debt.path}: {odd}") from odd
 
 
 def _unlink(paths: Iterable[str]) -> None:

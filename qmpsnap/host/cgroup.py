@@ -16,6 +16,8 @@ from qmpsnap.host.counters import GroupFigures
 from qmpsnap.host.limits import GroupLimits
 
 _PROC = Path("/proc")
+_ROW = re.compile(r"\S+ \S+ \S+ (\S+) (\S+) .*? - (\S+) \S* (.*)")
+"""Of a mount table: root, point, type and options of the file system (proc(5))."""
 
 
 class Ancestor(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,11 +70,11 @@ def usage(pid: int, *, proc: Path = _PROC) -> CgroupUsage:
 def groups_of(pid: int, *, proc: Path = _PROC) -> dict[str, str]:
     """The group of process *pid* for each v1 controller, and for "" (v2). Raises LocalFailed."""
     try:
-        text = (proc / str(pid) / "cgroup").read_text()
+        text = (proc / str(pid) / "cgroup").read_text(errors="surrogateescape")
     except OSError as failed:
         raise LocalFailed(f"process {pid}: {failed.strerror}") from failed
     # `4:memory:/machine` and `0::/machine`; v1 controllers mounted together share a line
-    fields = [line.split(":", 2) for line in text.splitlines()]
+    fields = [line.split(":", 2) for line in text.splitlines() if line.count(":") > 1]
     return {name: path for _, names, path in fields for name in names.split(",")}
 
 
@@ -96,7 +98,7 @@ def controllers(*, proc: Path = _PROC) -> set[str]:
 
 def _table(proc: Path) -> str:
     try:
-        return (proc / "self" / "mountinfo").read_text()
+        return (proc / "self" / "mountinfo").read_text(errors="surrogateescape")
     except OSError as failed:
         raise LocalFailed(f"the mount table cannot be read: {failed.strerror}") from failed
 
@@ -104,9 +106,10 @@ def _table(proc: Path) -> str:
 def _mounts(table: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Root, point and controllers of each mounted hierarchy."""
     for line in table.splitlines():
-        before, _, after = line.partition(" - ")
-        root, point = map(_plain, before.split(" ")[3:5])
-        fstype, _, options = after.split(" ", 2)
+        row = _ROW.fullmatch(line)
+        if row is None:
+            continue
+        root, point, fstype, options = map(_plain, row.groups())
         if fstype == "cgroup2":
             yield root, point, ("",)
         elif fstype == "cgroup":

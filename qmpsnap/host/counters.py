@@ -119,7 +119,7 @@ def _nodes(folders: Folders) -> dict[str, int] | None:
     found: dict[str, int] = {}
     for row in rows:
         for node, count in re.findall(r" N(\d+)=(\d+)", row) if row.startswith(wanted) else []:
-            found[node] = found.get(node, 0) + int(count) * size
+            found[node] = found.get(node, 0) + (kernelfile.whole(count) or 0) * size
     return found or None
 
 
@@ -163,5 +163,5 @@ def _operations(folder: Path, name: str) -> dict[str, dict[str, int]] | None:
     for row in text.splitlines():
         words = row.split()
         if len(words) == 3:  # the last line is a sum over all
-            found.setdefault(words[0], {})[words[1]] = int(words[2])
+            found.setdefault(words[0], {})[words[1]] = kernelfile.whole(words[2]) or 0
     return found

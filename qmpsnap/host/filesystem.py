@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,7 @@ def mount_of(path: Path, *, resolve: bool = True) -> Mount:
         table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as failed:
         raise LocalFailed(f"the mount table cannot be read: {failed.strerror}") from failed
-    found = deepest(spelled, map(_parse, table.splitlines()))
+    found = deepest(spelled, parsed(table))
     if found is None:
         raise LocalFailed(f"no mount holds {spelled}")
     return found
@@ -81,6 +82,13 @@ def deepest(path: str, mounts: Iterable[Mount]) -> Mount | None:
         if inside and (best is None or len(mount.point) >= len(best.point)):
             best = mount
     return best
+
+
+def parsed(table: str) -> Iterator[Mount]:
+    """The mounts of a `mountinfo` (proc(5)); a row that is cut short is none."""
+    for row in table.splitlines():
+        with suppress(LookupError, ValueError):
+            yield _parse(row)
 
 
 def _parse(line: str) -> Mount:

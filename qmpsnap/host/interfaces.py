@@ -73,7 +73,8 @@ def _counters(home: Path) -> dict[str, list[int]]:
     return {
         name: numbers
         for name, row in rows.items()
-        if len(numbers := [int(word) for word in row.split() if word.isdecimal()]) >= 16
+        if len(numbers := [n for word in row.split() if (n := kernelfile.whole(word)) is not None])
+        >= 16
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.host.filesystem import sync_dir
 from qmpsnap.ids import is_snapshot_id
 
@@ -137,7 +137,7 @@ def _whole_lines(path: Path) -> bytes:
     for line in content.splitlines(keepends=True):
         try:
             msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError:
+        except UNREADABLE:
             break
         if not line.endswith(b"\n"):
             break

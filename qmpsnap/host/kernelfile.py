@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_MOST = 1 << 16  # CPUs, or nodes, of a host
+
 
 def text(path: Path) -> str | None:
     """What is written there, without blanks around it; None where it is not, or not for us."""
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:
+    except (OSError, ValueError):  # no path has a NUL
         return None
 
 
@@ -52,7 +54,7 @@ def cpu_list(spelled: str | None) -> list[int] | None:
     for part in spelled.split(","):
         first, _, last = part.partition("-")
         low, high = whole(first), whole(last or first)
-        if low is None or high is None:
+        if low is None or high is None or not 0 <= low <= high < _MOST:
             return None
         found += range(low, high + 1)
     return found

@@ -83,7 +83,8 @@ def either(folders: Folders, controller: str, first: str, second: str) -> int | 
 def pairs(row: str) -> dict[str, int]:
     """The numbers of `rbytes=4096 wbytes=max`."""
     words = [word.partition("=") for word in row.split()]
-    return {key: int(value) for key, _, value in words if value.isdecimal()}
+    found = {key: whole(value) for key, _, value in words}
+    return {key: count for key, count in found.items() if count is not None}
 
 
 def _cpu_max(folders: Folders) -> float | None:

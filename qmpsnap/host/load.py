@@ -70,23 +70,27 @@ def usage(*, proc: Path = PROC) -> HostUsage:
     """What the host uses now. Raises LocalFailed where /proc does not tell."""
     loads = (kernelfile.text(proc / "loadavg") or "").split()[:3]
     memory, stat = kernelfile.table(proc / "meminfo", ":"), kernelfile.table(proc / "stat")
-    ticks = [int(word) for word in stat.get("cpu", "").split()]
-    booted = whole(stat.get("btime"))
-    if len(loads) < 3 or len(ticks) < 4 or booted is None or "MemTotal" not in memory:
-        raise LocalFailed(f"{proc}: stat, meminfo or loadavg cannot be read")
-    # user nice system idle iowait irq softirq steal guest guest_nice; user holds the guests' too
-    seconds = [tick * _TICK for tick in ticks] + [0.0] * (10 - len(ticks))
+    try:
+        one, five, fifteen = map(float, loads)
+        ticks = [int(word) for word in stat.get("cpu", "").split()]
+        booted = _moment(int(stat["btime"]))
+        # user nice system idle iowait irq softirq steal guest guest_nice; user has the guests' too
+        seconds = [tick * _TICK for tick in ticks] + [0.0] * (10 - len(ticks))
+    except (LookupError, ValueError, ArithmeticError) as odd:
+        raise LocalFailed(f"{proc}: stat or loadavg cannot be read") from odd
+    if len(ticks) < 4 or "MemTotal" not in memory:
+        raise LocalFailed(f"{proc}: stat or meminfo cannot be read")
     page = kilobytes(memory, "Hugepagesize") or 0
     return HostUsage(
         cpu_count=os.cpu_count() or 1,
-        load_1_minute=float(loads[0]),
-        load_5_minutes=float(loads[1]),
-        load_15_minutes=float(loads[2]),
+        load_1_minute=one,
+        load_5_minutes=five,
+        load_15_minutes=fifteen,
         memory_total_bytes=kilobytes(memory, "MemTotal") or 0,
         memory_available_bytes=kilobytes(memory, "MemAvailable") or 0,
         swap_total_bytes=kilobytes(memory, "SwapTotal") or 0,
         swap_free_bytes=kilobytes(memory, "SwapFree") or 0,
-        booted_at=_moment(booted),
+        booted_at=booted,
         cpu_user_seconds=seconds[0] + seconds[1],
         cpu_system_seconds=seconds[2] + seconds[5] + seconds[6],
         cpu_idle_seconds=seconds[3],
@@ -114,15 +118,16 @@ def pressure(path: Path) -> Pressure | None:
 
 
 def _stall(line: str | None) -> Stall | None:
-    if line is None:
+    fields = dict(word.partition("=")[::2] for word in (line or "").split())
+    try:
+        return Stall(
+            average_10_seconds_percent=float(fields["avg10"]),
+            average_60_seconds_percent=float(fields["avg60"]),
+            average_300_seconds_percent=float(fields["avg300"]),
+            total_seconds=int(fields["total"]) / 1e6,
+        )
+    except (LookupError, ValueError, ArithmeticError):
         return None
-    fields = dict(word.split("=", 1) for word in line.split())
-    return Stall(
-        average_10_seconds_percent=float(fields["avg10"]),
-        average_60_seconds_percent=float(fields["avg60"]),
-        average_300_seconds_percent=float(fields["avg300"]),
-        total_seconds=int(fields["total"]) / 1e6,
-    )
 
 
 def _pages(memory: dict[str, str], name: str, page: int) -> int | None:

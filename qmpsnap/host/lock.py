@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed, VmBusy
+from qmpsnap.errors import UNREADABLE, LocalFailed, VmBusy
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +95,6 @@ def _busy(path: Path, descriptor: int) -> str:
     vm = path.parent.name
     try:
         holder = msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Holder)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return f"{vm} is held by another qmpsnap (its name is not in {path})"
     return f"{vm} is held by `{holder.what}` of process {holder.pid} since {holder.since}"

@@ -95,5 +95,7 @@ def _spread(maps: str | None) -> dict[str, int] | None:
     for line in maps.splitlines():
         page = re.search(r" kernelpagesize_kB=(\d+)", line)
         for node, pages in re.findall(r" N(\d+)=(\d+)", line) if page else []:
-            found[node] = found.get(node, 0) + int(pages) * int(page[1]) * 1024  # type: ignore[index]
+            count = kernelfile.whole(pages) or 0
+            size = kernelfile.whole(page[1]) or 0  # type: ignore[index]
+            found[node] = found.get(node, 0) + count * size * 1024
     return found

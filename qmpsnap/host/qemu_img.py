@@ -9,15 +9,28 @@ from asyncio.subprocess import PIPE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.host.filesystem import sync_dir
 
 T = TypeVar("T")
 _CORRUPT, _LEAKING, _UNSUPPORTED = 2, 3, 63  # exit codes of `qemu-img check`
+
+
+class _Bitmap(msgspec.Struct, frozen=True):
+    name: str
+
+
+class _Data(msgspec.Struct, frozen=True):
+    corrupt: bool = False
+    bitmaps: list[_Bitmap] = []
+
+
+class _Details(msgspec.Struct, frozen=True):
+    data: _Data = _Data()
 
 
 class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,17 +45,17 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
     backing_format: str | None = msgspec.field(name="backing-filename-format", default=None)
     dirty: bool = msgspec.field(name="dirty-flag", default=False)
     encrypted: bool = False
-    details: dict[str, Any] = msgspec.field(name="format-specific", default_factory=dict)
+    details: _Details = msgspec.field(name="format-specific", default=_Details())
 
     @property
     def corrupt(self) -> bool:
         """Whether QEMU has marked the image as corrupt."""
-        return bool(self.details.get("data", {}).get("corrupt", False))
+        return self.details.data.corrupt
 
     @property
     def bitmaps(self) -> list[str]:
         """The names of the dirty bitmaps kept in the image."""
-        return [bitmap["name"] for bitmap in self.details.get("data", {}).get("bitmaps", [])]
+        return [bitmap.name for bitmap in self.details.data.bitmaps]
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -331,5 +344,5 @@ def _sync(path: Path) -> None:
 def _decode(output: bytes, kind: type[T], path: Path) -> T:
     try:
         return msgspec.json.decode(output, type=kind)
-    except msgspec.DecodeError as failed:
+    except UNREADABLE as failed:
         raise LocalFailed(f"qemu-img says of {path} what we cannot read: {failed}") from failed

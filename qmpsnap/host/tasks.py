@@ -197,7 +197,10 @@ def _stat(home: Path) -> tuple[int, int, int, int, int] | None:
         return None
     # the name, in brackets, may hold anything; what is behind it starts with field 3 of proc(5)
     fields = text.rpartition(")")[2].split()
-    user, system, start, minor, major = (int(fields[at - 3]) for at in (14, 15, 22, 10, 12))
+    try:
+        user, system, start, minor, major = (int(fields[at - 3]) for at in (14, 15, 22, 10, 12))
+    except (LookupError, ValueError):
+        return None
     return user, system, start, minor, major
 
 

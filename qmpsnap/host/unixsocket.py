@@ -56,20 +56,32 @@ def peers(bound: str) -> list[int]:
         )  # fmt: skip
         head = struct.pack("=IHHII", 16 + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
         query.send(head + body)
-        while True:
-            answer = query.recv(1 << 18)
-            while len(answer) >= 16:
-                length, kind = struct.unpack_from("=IH", answer)
-                if kind == _ERROR:
-                    number = -struct.unpack_from("=i", answer, 16)[0]
-                    raise OSError(number, os.strerror(number))
-                if kind == _DONE or length < 16:
-                    return found
-                attributes = _attributes(answer[32:length])  # 16 header, 16 unix_diag_msg
-                name = attributes.get(_ATTR_NAME, b"").rstrip(b"\0")
-                if name == os.fsencode(bound) and _ATTR_PEER in attributes:
-                    found.append(struct.unpack("=I", attributes[_ATTR_PEER])[0])
-                answer = answer[(length + 3) & ~3 :]
+        over = False
+        while not over:
+            some, over = ends(query.recv(1 << 18), bound)
+            found += some
+    return found
+
+
+def ends(answer: bytes, bound: str) -> tuple[list[int], bool]:
+    """As `peers`, of what the kernel has sent at once, and whether that was the last of it.
+
+    What is cut short is the last, too. Raises OSError: the kernel's own.
+    """
+    found: list[int] = []
+    while len(answer) >= 20:
+        length, kind = struct.unpack_from("=IH", answer)
+        if kind == _ERROR:
+            number = -struct.unpack_from("=i", answer, 16)[0]
+            raise OSError(number, os.strerror(number))
+        if kind == _DONE or length < 16:
+            return found, True
+        attributes = _attributes(answer[32:length])  # 16 header, 16 unix_diag_msg
+        name, peer = attributes.get(_ATTR_NAME, b""), attributes.get(_ATTR_PEER, b"")
+        if name.rstrip(b"\0") == os.fsencode(bound) and len(peer) == 4:
+            found.append(struct.unpack("=I", peer)[0])
+        answer = answer[(length + 3) & ~3 :]
+    return found, bool(answer)
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:

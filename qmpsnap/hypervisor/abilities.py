@@ -8,6 +8,9 @@ query-migrate-capabilities and -parameters list came with what we want to know.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from qmpsnap.errors import CommandRefused
 from qmpsnap.hypervisor.monitor import Monitor, settle
@@ -36,21 +39,43 @@ class Abilities:
     stays_paused: bool
 
 
+class _Number(msgspec.Struct, frozen=True):
+    major: int
+    minor: int
+    micro: int
+
+
+class _Version(msgspec.Struct, frozen=True):
+    qemu: _Number
+    package: str = ""
+
+
+class _Capability(msgspec.Struct, frozen=True):
+    capability: str
+    state: bool
+
+
+async def capabilities(monitor: Monitor) -> dict[str, bool]:
+    """The migration capabilities that this QEMU has, and which are set. Raises ReplyMalformed."""
+    told = await monitor.query("query-migrate-capabilities", list[_Capability])
+    return {one.capability: one.state for one in told}
+
+
 async def probe(monitor: Monitor) -> Abilities:
     """Ask everything. Sets and resets one migration capability, so no migration may be running.
 
     For `background-snapshot` setting it is the probe: QEMU then checks the guest's memory, the
     kernel and our privileges (qemu: migration/options.c, migration/ram.c).
     """
-    version = await monitor.execute("query-version")
-    names = {item["capability"] for item in await monitor.execute("query-migrate-capabilities")}
+    version = await monitor.query("query-version", _Version)
+    names = set(await capabilities(monitor))
     # 8.2 brought it together with the `file:` URI, and ends a failed background save well
-    mode = "mode" in await monitor.execute("query-migrate-parameters")
+    mode = "mode" in await monitor.query("query-migrate-parameters", dict[str, Any])
     trouble = await _background_trouble(monitor, names)
-    number = version["qemu"]
+    number = version.qemu
     return Abilities(
-        version=f"{number['major']}.{number['minor']}.{number['micro']}",
-        package=version["package"],
+        version=f"{number.major}.{number.minor}.{number.micro}",
+        package=version.package,
         file_uri=mode,
         background=not trouble,
         background_trouble=trouble,

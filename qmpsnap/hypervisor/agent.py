@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qmpsnap.errors import AgentError
+from qmpsnap.errors import UNREADABLE, AgentError
 
 _SENTINEL = b"\xff"
 _LONGEST = 1 << 22
@@ -90,7 +90,7 @@ class Agent:
             raise AgentError(f"{self.path}: QEMU closed the agent's socket")
         try:
             reply = json.loads(line)
-        except (ValueError, RecursionError) as garbage:  # it is the guest's: it may be anything
+        except UNREADABLE as garbage:  # it is the guest's: it may be anything
             raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}") from garbage
         if not isinstance(reply, dict):
             raise AgentError(f"{self.path}: not an agent's answer: {line[:60]!r}")

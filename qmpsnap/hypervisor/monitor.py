@@ -25,6 +25,7 @@ from qemu.qmp import (
 )
 
 from qmpsnap.errors import (
+    UNREADABLE,
     CommandRefused,
     MonitorAbsent,
     MonitorBusy,
@@ -38,6 +39,10 @@ T = TypeVar("T")
 _wire = logging.getLogger("qmpsnap.wire")
 _wire.propagate = False  # what it reports reaches the caller as an exception
 _wire.addHandler(logging.NullHandler())
+
+
+# QEMU may have gone first; and what the reader broke off at, odd words, is told again at the end
+_ON_LEAVING = (EOFError, OSError, QMPError, LookupError, TypeError, AttributeError, *UNREADABLE)
 
 
 class _Client(QMPClient):
@@ -131,7 +136,7 @@ class Monitor:
         reply = await self.execute(command, arguments)
         try:
             return msgspec.convert(reply, kind)
-        except msgspec.ValidationError as odd:
+        except UNREADABLE as odd:
             raise ReplyMalformed(f"{command}: {odd}") from odd
 
     @contextlib.contextmanager
@@ -166,9 +171,21 @@ class Monitor:
 
     async def _leave(self) -> None:
         self._watch.cancel()
-        with contextlib.suppress(EOFError, OSError, QMPError):  # QEMU may have gone first
+        with contextlib.suppress(*_ON_LEAVING):
             await self._client.disconnect()
         self._mark_lost()
+
+
+@contextlib.asynccontextmanager
+async def understood(what: str) -> AsyncIterator[None]:
+    """Where answers are taken apart: one that is not as QEMU's schema has it is a ReplyMalformed.
+
+    *what* was asked. Decorates a coroutine, too. Raises ReplyMalformed.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, *UNREADABLE) as odd:
+        raise ReplyMalformed(f"{what}: QEMU's answer is not understood: {odd!r}") from odd
 
 
 @contextlib.asynccontextmanager
@@ -186,7 +203,7 @@ async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
         await finish(client.connect(sock), within=within)
     except asyncio.CancelledError:
         # the session may be complete all the same: QEMU's one place must not stay taken
-        with contextlib.suppress(EOFError, OSError, QMPError):
+        with contextlib.suppress(*_ON_LEAVING):
             await finish(client.disconnect(), within=5)
         raise
     except TimeoutError as silent:
@@ -241,7 +258,20 @@ def _reach(path: Path) -> socket.socket:
     return sock
 
 
+class _Stamp(msgspec.Struct, frozen=True):
+    seconds: float = 0
+    microseconds: float = 0
+
+
+class _Event(msgspec.Struct, frozen=True):
+    event: str
+    data: dict[str, Any] = {}
+    timestamp: _Stamp = _Stamp()
+
+
 def _event(message: Message) -> Event:
-    stamp = message.get("timestamp") or {}
-    at = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6  # type: ignore[attr-defined]
-    return Event(str(message["event"]), message.get("data") or {}, at)  # type: ignore[arg-type]
+    try:
+        told = msgspec.convert(dict(message), _Event)
+    except UNREADABLE as odd:
+        raise ReplyMalformed(f"an event: {odd}") from odd
+    return Event(told.event, told.data, told.timestamp.seconds + told.timestamp.microseconds / 1e6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.errors import ManifestError
+from qmpsnap.errors import UNREADABLE, ManifestError
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ def readable(content: bytes | str, path: Path | str) -> Iterator[None]:
     """What is wrong with *content* becomes a ManifestError that names *path* and `$.key`."""
     try:
         yield
-    except (msgspec.DecodeError, UnicodeDecodeError) as failed:
+    except UNREADABLE as failed:
         raise ManifestError(f"{path}: {_in_words(failed, content)}") from failed
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import make_folders, read_small, replace, told
 from qmpsnap.store.layout import LocalRoot
@@ -31,7 +31,7 @@ def packs(root: LocalRoot, vm: str) -> set[str]:
     try:
         content = read_small(root.hurt(vm), side=LocalFailed)
         return set(msgspec.json.decode(content, type=Hurt).packs)
-    except (LocalFailed, msgspec.DecodeError, UnicodeDecodeError):
+    except (LocalFailed, *UNREADABLE):
         return set()
 
 

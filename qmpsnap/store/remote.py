@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import msgspec
-
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
@@ -17,7 +15,7 @@ from qmpsnap.store.filling import Filled, Span
 from qmpsnap.store.layout import Id, StoreRoot
 from qmpsnap.store.lease import Claimant, Standing
 from qmpsnap.store.ramindex import Named
-from qmpsnap.store.talk import Talk
+from qmpsnap.store.talk import Talk, understood
 
 T = TypeVar("T")
 # -P: whatever lies in the current folder is not imported
@@ -280,10 +278,10 @@ class Store:
         pass_fds: tuple[int, ...] = (),
     ) -> T:
         if self._talk is not None and not pass_fds:
-            return msgspec.json.decode(await self._talk.ask(request, on_progress), type=kind)
+            return understood(await self._talk.ask(request, on_progress), kind)
         talk = Talk(self.command, str(self.root.path), self.within, pass_fds=pass_fds)
         try:
-            return msgspec.json.decode(await talk.ask(request, on_progress), type=kind)
+            return understood(await talk.ask(request, on_progress), kind)
         finally:
             await talk.end()
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap.errors import DamagedData, LocalFailed, StoreError
+from qmpsnap.errors import UNREADABLE, DamagedData, LocalFailed, StoreError
 from qmpsnap.spelling import encode, spelled
 from qmpsnap.store import local
 from qmpsnap.store.files import (
@@ -185,7 +185,7 @@ def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
     try:
         content = read_small(root.notes(vm), side=LocalFailed)
         return msgspec.json.decode(content, type=Notes).files
-    except (LocalFailed, msgspec.DecodeError, UnicodeDecodeError):
+    except (LocalFailed, *UNREADABLE):
         return {}  # it only saves work
 
 

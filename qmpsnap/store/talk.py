@@ -8,13 +8,15 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from qmpsnap.errors import StoreError, StoreStalled
+from qmpsnap.errors import UNREADABLE, StoreError, StoreStalled
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
 
+T = TypeVar("T")
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 _LEAVE_WITHIN = 1.0
 
@@ -88,7 +90,7 @@ class Talk:
             if text is None:
                 said = lines.complaint.decode(errors="replace").strip().splitlines()[-1:]
                 raise StoreError(f"the store's worker ended without an answer: {''.join(said)}")
-            line = msgspec.json.decode(text, type=wire.Line)
+            line = understood(text, wire.Line)
             if line.error is not None:
                 raise wire.Told(wire.error(line.error))
             if bytes(line.result):
@@ -119,6 +121,14 @@ class _Lines(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self.gone.set()
+
+
+def understood(said: bytes | msgspec.Raw, kind: type[T]) -> T:
+    """What the worker says, as *kind*. Raises StoreError."""
+    try:
+        return msgspec.json.decode(said, type=kind)
+    except UNREADABLE as odd:
+        raise StoreError(f"the store's worker is not understood: {odd}") from odd
 
 
 def environment() -> dict[str, str]:

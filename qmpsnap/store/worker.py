@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.errors import LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
+from qmpsnap.errors import UNREADABLE, LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host.filesystem import Filesystem, examine
 from qmpsnap.store import half, lease, wire
 from qmpsnap.store.files import Progress, told
@@ -39,15 +39,25 @@ def main() -> int:
     threading.Thread(target=_read, args=(requests, busy), daemon=True).start()
     while True:
         busy.clear()
-        request = msgspec.json.decode(requests.get(), type=wire.AnyRequest)
+        asked = requests.get()
         busy.set()
         try:
+            request = understood(asked)
             with told(Path(request.root), StoreError):
                 answer = answer_to(request)
             line = wire.Line(result=msgspec.Raw(msgspec.json.encode(answer)))
         except SnapError as failed:
             line = wire.Line(error=wire.trouble(failed))
         _say(line)
+
+
+def understood(line: bytes) -> wire.AnyRequest:
+    """The request in *line*. Raises StoreError."""
+    try:
+        request: wire.AnyRequest = msgspec.json.decode(line, type=wire.AnyRequest)
+    except UNREADABLE as odd:
+        raise StoreError(f"the store's worker does not understand what it is asked: {odd}") from odd
+    return request
 
 
 def answer_to(request: wire.AnyRequest) -> Any:

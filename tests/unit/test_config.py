@@ -138,3 +138,16 @@ def test_sizes(text: str, count: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         config.size(text)
+
+
+def test_a_figure_without_end_is_none() -> None:
+    for read in (config.duration, config.size):
+        with pytest.raises(UsageError, match="not a "):
+            read("9" * 400 + ("s" if read is config.duration else ""))
+
+
+@pytest.mark.parametrize("text", ["local = " + "[" * 3000, "ram_images = " + "9" * 5000])
+def test_what_no_reader_of_toml_takes(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=file.name):
+        config.load(file)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.errors import LocalFailed, VmBusy
-from qmpsnap.host.journal import Journal, pending
+from qmpsnap.engine.recover import understood
+from qmpsnap.errors import LocalFailed, ManifestError, VmBusy
+from qmpsnap.host.journal import Journal, Record, pending
 from qmpsnap.host.lock import held
 
 ID, LATER = "20261122T165057123Z", "20261122T165058000Z"
+OWED = {
+    "phase": "planned", "running": True, "agent": None, "freeze": False, "failure_safe": True,
+    "laid": [], "capabilities": {}, "parameters": {},
+}  # fmt: skip
 TOP = Path(__file__).parents[2]
 HOLD = """
 import asyncio, sys
@@ -146,3 +151,27 @@ def test_a_debt_that_cannot_be_written_is_not_begun(tmp_path):
     entry.path.unlink()
     with pytest.raises(LocalFailed):
         entry.note("stopped")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"phase": "planned"}],
+        [{**OWED, "laid": 5}],
+        [OWED, {"phase": "nowhere"}],
+        [OWED, {"phase": []}],
+        [OWED, {}],
+    ],
+)
+def test_a_debt_that_is_not_understood_is_named(lines: list[dict[str, object]]) -> None:
+    with pytest.raises(ManifestError, match=ID):
+        understood(Record(ID, lines, torn=False))
+
+
+def test_a_line_nested_without_end_is_torn(tmp_path: Path) -> None:
+    entry = Journal(tmp_path).open_entry(ID, {"phase": "planned"})
+    with entry.path.open("ab") as file:
+        file.write(b'{"x":' + b"[" * 3000 + b"\n")
+    (record,) = pending(tmp_path)
+    assert record.torn
+    assert record.lines == [{"phase": "planned"}]

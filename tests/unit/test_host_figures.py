@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import LocalFailed
-from qmpsnap.host import interfaces, load, memory, tasks
+from qmpsnap.host import interfaces, kernelfile, load, memory, tasks
 
 STAT = (
     "{pid} (qemu (x) y) S 1 1 1 0 -1 4194560 {minor} 0 3 0 {user} {system} "
@@ -171,3 +171,16 @@ def test_a_host_without_pressure_has_none(tmp_path: Path) -> None:
     assert seen.some.total_seconds == 0
     with pytest.raises(LocalFailed):
         load.usage(proc=tmp_path)
+
+
+@pytest.mark.parametrize("said", ["0-9999999999", "5-1", "-1", "3-x", "9" * 5000])
+def test_a_list_of_cpus_that_no_host_has(said: str) -> None:
+    assert kernelfile.cpu_list(said) is None
+
+
+@pytest.mark.parametrize("said", ["some avg10=", "some a", "full avg10=1 avg60=1 avg300=1"])
+def test_pressure_that_is_not_told_in_full(tmp_path: Path, said: str) -> None:
+    (tmp_path / "cpu").write_text(said)
+    found = load.pressure(tmp_path / "cpu")
+    assert found is not None
+    assert (found.some, found.full) == (None, None)

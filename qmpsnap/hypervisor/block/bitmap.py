@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from qmpsnap.errors import CommandRefused
+import msgspec
+
+from qmpsnap.errors import CommandRefused, ReplyMalformed
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.ids import NodeName, is_snapshot_id, is_vm_name
 
@@ -21,13 +23,13 @@ _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 class Bitmap:
     """One dirty bitmap of a node, in QEMU's words; *count* and *granularity* in bytes."""
 
-    name: str
-    recording: bool
-    busy: bool
-    persistent: bool
-    inconsistent: bool
-    count: int
-    granularity: int
+    name: str = ""
+    recording: bool = False
+    busy: bool = False
+    persistent: bool = False
+    inconsistent: bool = False  # told only where it is true
+    count: int = 0
+    granularity: int = 0
 
     @property
     def ours(self) -> bool:
@@ -91,21 +93,13 @@ def listed(node: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """The bitmaps of one row of query-named-block-nodes.
 
     Those of jobs have no name (seen in 7.2 and 10.0) and are left out. A field that is missing
-    reads as the value that makes the bitmap one not to be trusted.
+    reads as the value that makes the bitmap one not to be trusted. Raises ReplyMalformed.
     """
-    return tuple(
-        Bitmap(
-            name=item["name"],
-            recording=item.get("recording", False),
-            busy=item.get("busy", False),
-            persistent=item.get("persistent", False),
-            inconsistent=item.get("inconsistent", False),  # told only where it is true
-            count=item.get("count", 0),
-            granularity=item.get("granularity", 0),
-        )
-        for item in node.get("dirty-bitmaps", ())
-        if item.get("name")
-    )
+    try:
+        found = msgspec.convert(node.get("dirty-bitmaps", ()), tuple[Bitmap, ...])
+    except msgspec.ValidationError as odd:
+        raise ReplyMalformed(f"query-named-block-nodes: dirty-bitmaps: {odd}") from odd
+    return tuple(one for one in found if one.name)
 
 
 def classify(chain: Sequence[Layer], wanted: str) -> tuple[Standing, int | None, str]:
@@ -143,8 +137,9 @@ def _judged(one: Bitmap) -> tuple[Standing, str]:
 
 async def query(monitor: Monitor) -> list[tuple[NodeName, Bitmap]]:
     """All named bitmaps of this QEMU, each with its node."""
-    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return [(NodeName(node["node-name"]), one) for node in nodes for one in listed(node)]
+    flat = {"flat": True}
+    nodes = await monitor.query("query-named-block-nodes", list[dict[str, Any]], flat)
+    return [(NodeName(str(node.get("node-name"))), one) for node in nodes for one in listed(node)]
 
 
 async def remove(monitor: Monitor, node: NodeName, name: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from qmpsnap.errors import Blocked, CommandRefused
-from qmpsnap.hypervisor.block.bitmap import Bitmap, listed
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.block.bitmap import Bitmap
+from qmpsnap.hypervisor.monitor import Monitor, understood
 from qmpsnap.ids import NodeName
 
 # Filters that a disk may wear above its format node, each with the name of its one child.
@@ -114,70 +115,158 @@ async def query(monitor: Monitor) -> Graph:
     """Read the whole graph.
 
     Edges come from x-debug-query-block-graph (3.0 and later): before 10.1 nothing else tells
-    what lies under a filter. Raises Blocked where a QEMU has it no more and no `children` either.
+    what lies under a filter. Raises Blocked where a QEMU has it no more and no `children` either,
+    ReplyMalformed for a graph that cannot be, such as one that runs in a circle.
     """
-    rows = await monitor.execute("query-named-block-nodes", {"flat": True})
+    flat = {"flat": True}
+    rows = await monitor.query("query-named-block-nodes", list[_Row], flat)
     edges = _edges_in(rows) or await _debug_edges(monitor)
-    nodes = {item["node-name"]: _node(item, edges) for item in rows}
-    disks = [_disk(item, nodes) for item in await monitor.execute("query-block")]
+    nodes: dict[str, Node] = {row.node_name: _node(row, edges) for row in rows}
+    drives = await monitor.query("query-block", list[_Drive])
+    async with understood("query-named-block-nodes"):
+        _refuse_circles(nodes)
+        disks = [_disk(drive, nodes) for drive in drives]
     return Graph(nodes, tuple(disk for disk in disks if disk is not None))
 
 
-def _edges_in(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, NodeName]]]:
-    if not all("children" in item for item in rows):
+class _Cache(msgspec.Struct, frozen=True, rename="kebab"):
+    direct: bool = False
+    no_flush: bool = False
+
+
+class _Data(msgspec.Struct, frozen=True):
+    compat: str = ""
+
+
+class _Specific(msgspec.Struct, frozen=True):
+    data: _Data = _Data()
+
+
+class _Image(msgspec.Struct, frozen=True, rename="kebab"):
+    filename: str
+    virtual_size: int
+    actual_size: int = 0
+    encrypted: bool = False
+    format_specific: _Specific = _Specific()
+
+
+class _Child(msgspec.Struct, frozen=True, rename="kebab"):
+    child: str
+    node_name: NodeName | None = None
+
+
+class _Row(
+    msgspec.Struct, frozen=True, rename={"node_name": "node-name", "bitmaps": "dirty-bitmaps"}
+):
+    node_name: NodeName
+    drv: str
+    ro: bool
+    image: _Image
+    detect_zeroes: str = "off"
+    cache: _Cache = _Cache()
+    bitmaps: tuple[Bitmap, ...] = ()
+    children: list[_Child] | None = None
+
+
+class _Inserted(msgspec.Struct, frozen=True, rename="kebab"):
+    node_name: NodeName
+
+
+class _Drive(msgspec.Struct, frozen=True):
+    removable: bool
+    device: str = ""
+    qdev: str = ""
+    inserted: _Inserted | None = None
+
+
+class _Vertex(msgspec.Struct, frozen=True):
+    id: int
+    name: str
+
+
+class _Edge(msgspec.Struct, frozen=True):
+    parent: int
+    child: int
+    name: str
+
+
+class _Debug(msgspec.Struct, frozen=True):
+    nodes: list[_Vertex]
+    edges: list[_Edge]
+
+
+def _edges_in(rows: list[_Row]) -> dict[str, list[tuple[str, NodeName]]]:
+    if any(row.children is None for row in rows):
         return {}
     return {
-        item["node-name"]: [
-            (child["child"], NodeName(child["node-name"]))
-            for child in item["children"]
-            if "node-name" in child
+        row.node_name: [
+            (child.child, child.node_name)
+            for child in row.children or []
+            if child.node_name is not None
         ]
-        for item in rows
+        for row in rows
     }
 
 
 async def _debug_edges(monitor: Monitor) -> dict[str, list[tuple[str, NodeName]]]:
     try:
-        graph = await monitor.execute("x-debug-query-block-graph")
+        graph = await monitor.query("x-debug-query-block-graph", _Debug)
     except CommandRefused as gone:
         raise Blocked(f"this QEMU does not tell its block graph: {gone}") from gone
-    names = {item["id"]: item["name"] for item in graph["nodes"]}
+    names = {vertex.id: vertex.name for vertex in graph.nodes}
     edges: dict[str, list[tuple[str, NodeName]]] = {}
-    for edge in graph["edges"]:
-        edges.setdefault(names[edge["parent"]], []).append(
-            (edge["name"], NodeName(names[edge["child"]]))
-        )
+    async with understood("x-debug-query-block-graph"):
+        for edge in graph.edges:
+            edges.setdefault(names[edge.parent], []).append(
+                (edge.name, NodeName(names[edge.child]))
+            )
     return edges
 
 
-def _node(item: dict[str, Any], edges: dict[str, list[tuple[str, NodeName]]]) -> Node:
-    name = NodeName(item["node-name"])
-    image, cache = item["image"], item.get("cache", {})
+def _refuse_circles(nodes: dict[str, Node]) -> None:
+    """Raises ValueError for a node that is beneath itself, LookupError for one that is not there.
+
+    Whoever goes down from a node comes to an end then.
+    """
+    waiting = {name: len({child for _, child in node.children}) for name, node in nodes.items()}
+    above: dict[str, list[str]] = {name: [] for name in nodes}
+    for name, node in nodes.items():
+        for child in {child for _, child in node.children}:
+            above[child].append(name)
+    ends = [name for name, count in waiting.items() if not count]
+    for name in ends:
+        for parent in above[name]:
+            waiting[parent] -= 1
+            ends += [parent] if not waiting[parent] else []
+    if len(ends) < len(nodes):
+        raise ValueError(f"{min(nodes.keys() - set(ends))} is beneath itself")
+
+
+def _node(row: _Row, edges: dict[str, list[tuple[str, NodeName]]]) -> Node:
     return Node(
-        name=name,
-        driver=item["drv"],
-        filename=image["filename"],
-        read_only=item["ro"],
-        virtual_size=image["virtual-size"],
-        actual_size=image.get("actual-size", 0),
-        detect_zeroes=item.get("detect_zeroes", "off"),
-        cache_direct=cache.get("direct", False),
-        cache_no_flush=cache.get("no-flush", False),
-        encrypted=image.get("encrypted", False),
-        children=tuple(edges.get(name, ())),
-        bitmaps=listed(item),
-        compat=image.get("format-specific", {}).get("data", {}).get("compat", ""),
+        name=row.node_name,
+        driver=row.drv,
+        filename=row.image.filename,
+        read_only=row.ro,
+        virtual_size=row.image.virtual_size,
+        actual_size=row.image.actual_size,
+        detect_zeroes=row.detect_zeroes,
+        cache_direct=row.cache.direct,
+        cache_no_flush=row.cache.no_flush,
+        encrypted=row.image.encrypted,
+        children=tuple(edges.get(row.node_name, ())),
+        bitmaps=tuple(one for one in row.bitmaps if one.name),
+        compat=row.image.format_specific.data.compat,
     )
 
 
-def _disk(item: dict[str, Any], nodes: dict[str, Node]) -> Disk | None:
-    qdev, device = item.get("qdev", ""), item.get("device", "")
+def _disk(drive: _Drive, nodes: dict[str, Node]) -> Disk | None:
+    qdev, device = drive.qdev, drive.device
     if not qdev:
         return None  # a drive that no device shows to the guest
-    inserted = item.get("inserted")
-    if inserted is None:
-        return Disk(device, qdev, item["removable"], (), ())
-    node = nodes[inserted["node-name"]]
+    if drive.inserted is None:
+        return Disk(device, qdev, drive.removable, (), ())
+    node = nodes[drive.inserted.node_name]
     filters: list[Node] = []
     trouble = ""
     while node.driver in FILTERS or node.driver in _JOB_FILTERS:
@@ -194,7 +283,7 @@ def _disk(item: dict[str, Any], nodes: dict[str, Node]) -> Disk | None:
     return Disk(
         device,
         qdev,
-        item["removable"],
+        drive.removable,
         tuple(filters),
         tuple(chain),
         trouble or _trouble(chain, nodes),

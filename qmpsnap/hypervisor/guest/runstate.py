@@ -7,7 +7,8 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
-from typing import Any
+
+import msgspec
 
 from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, QemuGone, SnapError
 from qmpsnap.hypervisor.guest.watchdog import Debt
@@ -32,6 +33,10 @@ class RunState(StrEnum):
         return cls.OTHER
 
 
+class _Status(msgspec.Struct, frozen=True):
+    status: str = ""
+
+
 # where `cont` is the way back to a guest that ran before we came
 _CONTINUABLE = {RunState.PAUSED, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE}
 # migration states in which QEMU itself lets the guest run once it is told to cancel
@@ -41,7 +46,7 @@ _AT_ONCE = 3  # refusals after which it is worth the time to ask for the reason
 
 
 async def query(monitor: Monitor) -> RunState:
-    return RunState((await monitor.execute("query-status"))["status"])
+    return RunState((await monitor.query("query-status", _Status)).status)
 
 
 async def is_held(monitor: Monitor) -> bool:
@@ -148,7 +153,7 @@ async def _continue(monitor: Monitor) -> None:
 
 
 async def _unhold(monitor: Monitor) -> None:
-    status: dict[str, Any] = await monitor.execute("query-migrate")
+    now = await monitor.query("query-migrate", _Status)
     with suppress(CommandRefused):
-        if status.get("status") in _HOLDING:
+        if now.status in _HOLDING:
             await monitor.execute("migrate_cancel")

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import msgspec
+
 from qmpsnap.errors import CommandRefused
 from qmpsnap.hypervisor.monitor import Monitor
 
 T = TypeVar("T")
+
+
+class Property(msgspec.Struct, frozen=True, rename="kebab"):
+    """A row of qom-list or device-list-properties."""
+
+    name: str
+    type: str
+    default_value: Any = msgspec.UNSET
 
 
 class Asking:
@@ -28,6 +38,13 @@ class Asking:
             self.missing.append(command)
             return None
 
+    async def listed(self, path: str) -> list[Property] | None:
+        """The properties of the object at *path*, or None: for what not everything has."""
+        try:
+            return await self._monitor.query("qom-list", list[Property], {"path": path})
+        except CommandRefused:
+            return None
+
     async def quietly(self, command: str, **arguments: object) -> Any:
         """The answer, or None: for what not everything has."""
         try:
@@ -45,7 +62,7 @@ class Asking:
     async def property(self, path: str, name: str) -> str | None:
         """As `value`, as text."""
         value = await self.value(path, name)
-        return None if value is None else str(value)
+        return str(value) if isinstance(value, str | int | float) else None
 
     async def human(self, line: str) -> list[str] | None:
         """The lines that the human monitor answers, or None, and the command is missing."""

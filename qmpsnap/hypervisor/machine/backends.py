@@ -9,7 +9,7 @@ from typing import Any
 
 from qmpsnap.errors import Blocked, CommandRefused
 from qmpsnap.hypervisor.machine import network
-from qmpsnap.hypervisor.machine.asking import Asking
+from qmpsnap.hypervisor.machine.asking import Asking, Property
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.inventory import Inventory
 from qmpsnap.hypervisor.machine.keyval import Fields, Json, Pair, from_json
@@ -76,18 +76,18 @@ class BackEnds:
     async def objects(self) -> Mapping[str, str]:
         """The types of the user's objects, by id."""
         if self._objects is None:
-            told = await self.monitor.execute("qom-list", {"path": "/objects"})
+            told = await self.monitor.query("qom-list", list[Property], {"path": "/objects"})
             self._objects = {
-                str(one["name"]): str(one["type"])[len("child<") : -1]
+                one.name: one.type[len("child<") : -1]
                 for one in told
-                if str(one["type"]).startswith("child<")
+                if one.type.startswith("child<")
             }
         return self._objects
 
     async def drives(self) -> set[str]:
         """The names of the drives; those of -blockdev have none."""
-        told = await self.monitor.execute("query-block")
-        return {str(one["device"]) for one in told} - {""}
+        told = await self.monitor.query("query-block", list[dict[str, Any]])
+        return {str(one.get("device")) for one in told} - {""}
 
     async def netdev(self, ident: str) -> Option:
         """Raises Blocked for one that QEMU does not tell, or that is tied to something outside."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qmpsnap.errors import UNREADABLE
 from qmpsnap.hypervisor.machine import processor
 
 _WITHIN = 15.0  # seconds, for a QEMU that makes no machine
@@ -93,7 +94,7 @@ async def _told(path: Path, accelerator: str, wanted: list[tuple[str, dict[str, 
 def _answers(out: str, count: int) -> list[Any] | None:
     found: dict[int, Any] = {}
     for row in out.splitlines():
-        with suppress(ValueError):
+        with suppress(*UNREADABLE):
             said = json.loads(row)
             if isinstance(said, dict) and isinstance(said.get("id"), int):
                 found[said["id"]] = said.get("return")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from qmpsnap.errors import ReplyMalformed
 from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.monitor import Monitor
 
@@ -97,14 +94,14 @@ async def take(monitor: Monitor) -> Inventory:
     Raises MonitorLost, or ReplyMalformed where an answer is not what QEMU's schema promises.
     """
     asking = Asking(monitor)
-    version = await monitor.execute("query-version")
+    version = await monitor.query("query-version", _Version)
     cpus = await asking.ask("query-cpus-fast", list[Cpu])
     uuid = await asking.ask("query-uuid", dict[str, str])
     name = await asking.ask("query-name", dict[str, str])
-    status = await monitor.execute("query-status")
+    status = await monitor.query("query-status", _Status)
     return Inventory(
         version=_version(version),
-        status=str(status["status"]),
+        status=status.status,
         machine=_without_suffix(await asking.property("/machine", "type"), "-machine"),
         accelerator=await _accelerator(asking),
         uuid=(uuid or {}).get("UUID"),
@@ -124,8 +121,8 @@ async def take(monitor: Monitor) -> Inventory:
 async def _accelerator(asking: Asking) -> str | None:
     # query-accelerators came after 10.0; before, it is KVM or not
     newer = await asking.quietly("query-accelerators")
-    if isinstance(newer, dict) and "enabled" in newer:
-        return str(newer["enabled"])
+    if isinstance(newer, dict) and isinstance(enabled := newer.get("enabled"), str):
+        return enabled
     kvm = await asking.ask("query-kvm", dict[str, bool])
     return None if kvm is None else "kvm" if kvm.get("enabled") else "tcg"
 
@@ -139,15 +136,15 @@ async def _cpu_type(asking: Asking, cpus: list[Cpu] | None) -> str | None:
 async def _devices(asking: Asking) -> list[DeviceFacts] | None:
     found = []
     for folder, named in (("/machine/peripheral", True), ("/machine/peripheral-anon", False)):
-        listed = await asking.quietly("qom-list", path=folder)
+        listed = await asking.listed(folder)
         if listed is None:
             asking.missing.append(folder)
             return None
-        children = [entry for entry in listed if str(entry["type"]).startswith("child<")]
+        children = [entry for entry in listed if entry.type.startswith("child<")]
         for entry in children:
-            kind = str(entry["type"])[len("child<") : -1]
-            facts = await _device(asking, f"{folder}/{entry['name']}", kind)
-            named_facts = msgspec.structs.replace(facts, id=str(entry["name"]))
+            kind = entry.type[len("child<") : -1]
+            facts = await _device(asking, f"{folder}/{entry.name}", kind)
+            named_facts = msgspec.structs.replace(facts, id=entry.name)
             found.append(named_facts if named else facts)
     return found
 
@@ -161,36 +158,66 @@ async def _device(asking: Asking, path: str, kind: str) -> DeviceFacts:
     return DeviceFacts(
         path=path,
         type=kind,
-        bus=str(bus).rpartition("/")[2] or None if bus else None,
-        addr=str(addr) if addr is not None else None,
+        bus=bus.rpartition("/")[2] or None if isinstance(bus, str) else None,
+        addr=addr if isinstance(addr, str) else None,
         hotplugged=plugged is True,
     )
 
 
 async def _pci(asking: Asking) -> list[PciFunction] | None:
-    buses = await asking.ask("query-pci", list[dict[str, Any]])
+    buses = await asking.ask("query-pci", list[_Behind])
     if buses is None:
         return None
     found: list[PciFunction] = []
-    waiting = [device for bus in buses for device in bus.get("devices", [])]
-    while waiting:
-        one = waiting.pop(0)
-        found.append(_function(one))
-        waiting += one.get("pci_bridge", {}).get("devices", [])  # behind a bridge there are more
+    waiting = [device for bus in buses for device in bus.devices]
+    for one in waiting:
+        id = one.id
+        found.append(
+            PciFunction(
+                bus=one.bus, slot=one.slot, function=one.function, vendor=id.vendor,
+                device=id.device, qdev_id=one.qdev_id,
+            )
+        )  # fmt: skip
+        waiting += one.pci_bridge.devices  # behind a bridge there are more
     return found
 
 
-def _function(raw: dict[str, Any]) -> PciFunction:
-    try:
-        return msgspec.convert(raw | raw["id"], PciFunction)
-    except (KeyError, TypeError, msgspec.ValidationError) as odd:
-        raise ReplyMalformed(f"query-pci: {odd}") from odd
+class _PciId(msgspec.Struct, frozen=True):
+    vendor: int
+    device: int
 
 
-def _version(raw: dict[str, Any]) -> Version:
-    number = raw["qemu"]
-    text = f"{number['major']}.{number['minor']}.{number['micro']}"
-    return Version(qemu=text, package=str(raw.get("package", "")))
+class _Behind(msgspec.Struct, frozen=True):
+    devices: list[_Pci] = []
+
+
+class _Pci(msgspec.Struct, frozen=True):
+    bus: int
+    slot: int
+    function: int
+    id: _PciId
+    qdev_id: str
+    pci_bridge: _Behind = _Behind()
+
+
+class _Status(msgspec.Struct, frozen=True):
+    status: str
+
+
+class _Number(msgspec.Struct, frozen=True):
+    major: int
+    minor: int
+    micro: int
+
+
+class _Version(msgspec.Struct, frozen=True):
+    qemu: _Number
+    package: str = ""
+
+
+def _version(told: _Version) -> Version:
+    number = told.qemu
+    return Version(qemu=f"{number.major}.{number.minor}.{number.micro}", package=told.package)
 
 
 def _without_suffix(text: str | None, suffix: str) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from qmpsnap.errors import UsageError
+from qmpsnap.errors import UNREADABLE, UsageError
 
 
 class Bare(enum.Enum):
@@ -190,7 +190,7 @@ def _unescaped(text: str) -> str:
 def _object(text: str) -> dict[str, Json]:
     try:
         tree = json.loads(_STRING.sub(_double_quoted, text))
-    except ValueError as odd:
+    except UNREADABLE as odd:
         # without the text, in which there may be a password
         raise UsageError(f"an option in braces is not JSON: {odd}") from None
     if not isinstance(tree, dict):

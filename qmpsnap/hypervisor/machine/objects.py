@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from qmpsnap.hypervisor.machine.asking import Asking
+from qmpsnap.hypervisor.machine.asking import Asking, Property
 from qmpsnap.hypervisor.machine.limits import Limits, of_group
 
 _FOLDER = "/objects"
@@ -60,10 +58,10 @@ class _Iothread(msgspec.Struct, rename="kebab"):
 
 async def types(asking: Asking) -> dict[str, str] | None:
     """The type of each object that the user made, by its id."""
-    listed = await asking.ask("qom-list", list[dict[str, Any]], path=_FOLDER)
+    listed = await asking.ask("qom-list", list[Property], path=_FOLDER)
     if listed is None:
         return None
-    kinds = {str(one["name"]): str(one["type"]) for one in listed}
+    kinds = {one.name: one.type for one in listed}
     return {name: kind[6:-1] for name, kind in kinds.items() if kind.startswith("child<")}
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
-from qmpsnap.hypervisor.machine.asking import Asking
+from qmpsnap.hypervisor.machine.asking import Asking, Property
 from qmpsnap.hypervisor.machine.keyval import Json
 from qmpsnap.hypervisor.machine.tree import UNSET, Found
 
@@ -16,12 +15,6 @@ _NUMBER = re.compile(r"(-?\d+)(?: \((?:0x([0-9a-f]+)|.*)\))?")
 _BACKENDS = ("drive", "netdev", "chardev", "romfile")
 _OF_VIRTIO = "virtio-"  # the bus between a virtio card and the device proper, a device of its own
 _NOT_SET = frozenset({"busnr"})  # what comes of where it is
-
-
-class _Property(msgspec.Struct, rename="kebab"):
-    name: str
-    type: str
-    default_value: Any = msgspec.UNSET
 
 
 async def changed(
@@ -33,7 +26,7 @@ async def changed(
     and something of the host, or is the virtio device of such a card. One question a type, some
     1 ms each. To ask for each property would be 80 of them for a network card.
     """
-    types: dict[str, list[_Property] | None] = {}
+    types: dict[str, list[Property] | None] = {}
     found: list[dict[str, Json] | None] = []
     cards: set[str] = set()
     for one in devices:
@@ -44,7 +37,7 @@ async def changed(
         cards.add(one.id or one.type)
         if one.type not in types:
             raw = await asking.quietly("device-list-properties", typename=one.type)
-            types[one.type] = None if raw is None else msgspec.convert(raw, list[_Property])
+            types[one.type] = None if raw is None else msgspec.convert(raw, list[Property])
         known = types[one.type]
         if known is None:
             asking.missing.append(f"device-list-properties {one.type}")
@@ -56,7 +49,7 @@ def _has_backend(one: Found) -> bool:
     return any(one.properties.get(key, "").strip('"') not in UNSET for key in _BACKENDS)
 
 
-def _changed(one: Found, known: list[_Property]) -> dict[str, Json]:
+def _changed(one: Found, known: list[Property]) -> dict[str, Json]:
     out: dict[str, Json] = {}
     for prop in known:
         text = one.properties.get(prop.name)

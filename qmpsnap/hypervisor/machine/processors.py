@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from qmpsnap.errors import CommandRefused
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
@@ -35,7 +36,7 @@ class Processors:
     """*slots* in the order in which -smp fills them; *smp* as the machine has it, at its start."""
 
     slots: tuple[Slot, ...]
-    smp: dict[str, Any]
+    smp: dict[str, int]
 
     @property
     def at_start(self) -> int:
@@ -69,19 +70,26 @@ class Processors:
         return line.without(("smp",)).append(smp, *later)
 
 
+class _Place(msgspec.Struct, frozen=True, rename="kebab"):
+    type: str
+    props: dict[str, int | str]
+    qom_path: str | None = None
+
+
 async def query(monitor: Monitor, inventory: Inventory) -> Processors | None:
     """None where nothing has changed since the start, or the machine does not tell."""
     cpus = inventory.cpus or []
     try:
-        smp = await monitor.execute("qom-get", {"path": "/machine", "property": "smp"})
+        asked = {"path": "/machine", "property": "smp"}
+        smp = await monitor.query("qom-get", dict[str, int], asked)
         of_start = [cpu for cpu in cpus if cpu.qom_path.startswith(_OF_START)]
         if not cpus or len(of_start) == len(cpus) == smp.get("cpus"):
             return None
-        told = await monitor.execute("query-hotpluggable-cpus")
+        told = await monitor.query("query-hotpluggable-cpus", list[_Place])
     except CommandRefused:
         return None
     # QEMU lists them last first
-    slots = [Slot(one["type"], one["props"], one.get("qom-path")) for one in reversed(told)]
+    slots = [Slot(one.type, one.props, one.qom_path) for one in reversed(told)]
     return Processors(tuple(slots), smp)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from qmpsnap.errors import CommandRefused
+from qmpsnap.hypervisor.machine.asking import Property
 from qmpsnap.hypervisor.machine.keyval import Json
 from qmpsnap.hypervisor.monitor import Monitor
 
@@ -23,12 +26,21 @@ _LISTS = frozenset({"iothread-vq-mapping"})
 _FOLDERS = ("/objects/", "/machine/peripheral/", "/chardevs/")
 
 
+class _Value(msgspec.Struct, frozen=True):
+    name: str
+    value: Any = None
+
+
+class _Object(msgspec.Struct, frozen=True):
+    properties: list[_Value]
+
+
 class Properties:
     """The properties of one QEMU's devices; what a type has by default is asked once."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._types: dict[str, list[dict[str, Any]]] = {}
+        self._types: dict[str, list[Property]] = {}
         self._at_once = True  # qom-list-get, since 10.1
 
     async def changed(self, path: str, kind: str) -> dict[str, Json]:
@@ -44,19 +56,19 @@ class Properties:
         if kind.endswith("-cpu"):
             return {}
         known = [one for one in await self._of_type(kind) if _can_be_set(one, kind)]
-        values = await self._values(path, [str(one["name"]) for one in known])
+        values = await self._values(path, [one.name for one in known])
         found: dict[str, Json] = {}
         for one in known:
-            name = str(one["name"])
-            value = _spelled(one, values.get(name), path)
+            value = _spelled(one, values.get(one.name), path)
             if value is not None and not _unsaid(one, value):
-                found[name] = value
+                found[one.name] = value
         return dict(sorted(found.items()))
 
-    async def _of_type(self, kind: str) -> list[dict[str, Any]]:
+    async def _of_type(self, kind: str) -> list[Property]:
         if kind not in self._types:
+            asked = {"typename": kind}
             try:
-                told = await self._monitor.execute("device-list-properties", {"typename": kind})
+                told = await self._monitor.query("device-list-properties", list[Property], asked)
             except CommandRefused:
                 told = []
             self._types[kind] = told
@@ -65,8 +77,9 @@ class Properties:
     async def _values(self, path: str, names: list[str]) -> dict[str, Any]:
         if self._at_once:
             try:
-                (told,) = await self._monitor.execute("qom-list-get", {"paths": [path]})
-                return {one["name"]: one.get("value") for one in told["properties"]}
+                asked = {"paths": [path]}
+                (told,) = await self._monitor.query("qom-list-get", tuple[_Object], asked)
+                return {one.name: one.value for one in told.properties}
             except CommandRefused:
                 self._at_once = False
         return {name: await self._value(path, name) for name in names}
@@ -78,8 +91,8 @@ class Properties:
             return None
 
 
-def _can_be_set(one: dict[str, Any], kind: str) -> bool:
-    name, type_ = str(one["name"]), str(one["type"])
+def _can_be_set(one: Property, kind: str) -> bool:
+    name, type_ = one.name, one.type
     if name in _NOT_SET or name.startswith("legacy-"):
         return False
     if any(kind.startswith(start) and name in names for start, names in _READ_ONLY.items()):
@@ -87,9 +100,9 @@ def _can_be_set(one: dict[str, Any], kind: str) -> bool:
     return not type_.startswith("child<") and type_ != "link<memory-region>"
 
 
-def _spelled(one: dict[str, Any], value: Any, path: str) -> Json:
+def _spelled(one: Property, value: Any, path: str) -> Json:
     """*value* as -device takes it, None for one that it cannot take, such as the device itself."""
-    name, type_ = str(one["name"]), str(one["type"])
+    name, type_ = one.name, one.type
     if isinstance(value, list | dict):
         return value if name in _LISTS and value else None
     if type_.startswith("link<"):
@@ -105,10 +118,10 @@ def _direct(path: str) -> bool:
     return any(path.startswith(folder) and "/" not in path[len(folder) :] for folder in _FOLDERS)
 
 
-def _unsaid(one: dict[str, Any], value: Json) -> bool:
-    name = str(one["name"])
-    if "default-value" in one:
-        return bool(value == one["default-value"] and type(value) is type(one["default-value"]))
+def _unsaid(one: Property, value: Json) -> bool:
+    name, default = one.name, one.default_value
+    if default is not msgspec.UNSET:
+        return bool(value == default and type(value) is type(default))
     if name in _UNSAID:
         return value == _UNSAID[name]
     return value == "" and name != "romfile"

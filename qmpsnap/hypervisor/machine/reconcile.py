@@ -19,7 +19,7 @@ from qmpsnap.hypervisor.machine.processors import Slot
 from qmpsnap.hypervisor.machine.properties import Properties
 from qmpsnap.hypervisor.machine.relocation.characters import refers
 from qmpsnap.hypervisor.machine.usb import Ports
-from qmpsnap.hypervisor.monitor import Monitor
+from qmpsnap.hypervisor.monitor import Monitor, understood
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Reconciled:
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
+@understood("what came and went")
 async def reconcile(
     monitor: Monitor,
     inventory: Inventory,

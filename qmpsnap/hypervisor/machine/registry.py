@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.errors import ManifestError, Refused, UsageError
+from qmpsnap.errors import UNREADABLE, ManifestError, Refused, UsageError
 from qmpsnap.ids import is_vm_name
 
 _FORMAT = "qmpsnap-registered-vm"
@@ -114,7 +114,7 @@ def _read(path: Path) -> Registered | None:
         return None
     try:
         entry = msgspec.json.decode(raw, type=Registered)
-    except msgspec.DecodeError as odd:
+    except UNREADABLE as odd:
         raise ManifestError(f"{path}: {odd}") from odd
     if entry.format != _FORMAT or entry.version > _VERSION:
         raise ManifestError(f"{path}: {entry.format} version {entry.version} is not known here")

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from qmpsnap.errors import UsageError
+from qmpsnap.errors import UNREADABLE, UsageError
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.keyval import Bare, Fields, Json, Scalar
 from qmpsnap.hypervisor.machine.options import DRIVES, IMPLIED, fields_of, option_of
@@ -42,7 +42,7 @@ def of_image(name: str) -> str:
     if name.startswith(_JSON):
         try:
             tree = json.loads(name.removeprefix(_JSON))
-        except ValueError:
+        except UNREADABLE:
             return _JSON  # what cannot be read cannot be looked through
         return _JSON + json.dumps(_of_tree(tree), separators=(",", ":"), ensure_ascii=False)
     name = _IN_RBD.sub("", name) if name.startswith("rbd:") else name

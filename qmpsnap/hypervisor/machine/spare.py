@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from qmpsnap.errors import CommandRefused, MonitorAbsent, MonitorLost
+from qmpsnap.errors import UNREADABLE, CommandRefused, MonitorAbsent, MonitorLost
 from qmpsnap.hypervisor.machine.cmdline import Option
 from qmpsnap.hypervisor.machine.keyval import Fields
 from qmpsnap.hypervisor.machine.options import option_of
+from qmpsnap.hypervisor.monitor import understood
 
 ID = "qmpsnap-spare"
 _ABOVE = 64  # the shell on the way to QEMU uses low descriptors for itself
@@ -56,7 +57,8 @@ class Session:
     async def greeted(self) -> None:
         """Begin the session, once for the life of QEMU. Raises MonitorLost, CommandRefused."""
         greeting = await self._line()
-        able = "oob" in greeting["QMP"]["capabilities"]
+        async with understood("the spare monitor's greeting"):
+            able = "oob" in greeting["QMP"]["capabilities"]
         await self.ask("qmp_capabilities", {"enable": ["oob"] if able else []})
 
     async def ask(
@@ -66,7 +68,9 @@ class Session:
         *,
         urgently: bool = False,
     ) -> Any:
-        """Run one command, *urgently* past the main loop. Raises CommandRefused, MonitorLost."""
+        """Run one command, *urgently* past the main loop. Raises CommandRefused, MonitorLost,
+        ReplyMalformed.
+        """
         self._asked += 1
         number = f"{os.getpid()}-{self._asked}"
         verb = "exec-oob" if urgently else "execute"
@@ -78,9 +82,11 @@ class Session:
             raise MonitorLost(f"QEMU closed its spare monitor at {command}") from lost
         while (answer := await self._line()).get("id") != number:
             pass
-        if "error" in answer:
-            raise CommandRefused(command, answer["error"]["class"], answer["error"]["desc"])
-        return answer["return"]
+        async with understood(command):
+            if "error" in answer:
+                refused = answer["error"]
+                raise CommandRefused(command, str(refused["class"]), str(refused["desc"]))
+            return answer["return"]
 
     def hang_up(self) -> None:
         """End the session for all: QEMU need not keep events that nobody will read."""
@@ -99,10 +105,10 @@ class Session:
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         try:
-            found: dict[str, Any] = json.loads(line)
-        except ValueError:
+            found = json.loads(line)
+        except UNREADABLE:
             return {}  # a line that another reader has begun
-        return found
+        return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import msgspec
 
-from qmpsnap.errors import StreamUnknown
+from qmpsnap.errors import UNREADABLE, StreamUnknown
 from qmpsnap.hypervisor.vmstate import records
 from qmpsnap.hypervisor.vmstate.records import damaged
 
@@ -173,7 +173,7 @@ def read(fd: int, shift: int = 0) -> Tail:
     text = os.pread(fd, size - place, place)
     try:
         found = msgspec.json.decode(text, type=_Description)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as odd:
+    except UNREADABLE as odd:
         raise damaged(f"its description cannot be read: {odd}", shift + place) from odd
     if found.page_size != records.PAGE:
         raise StreamUnknown(f"the guest has pages of {found.page_size} bytes")

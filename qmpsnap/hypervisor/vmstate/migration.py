@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import msgspec
 
 from qmpsnap.errors import CommandRefused, MigrationFailed, SnapError
+from qmpsnap.hypervisor.abilities import capabilities as query_capabilities
 from qmpsnap.hypervisor.abilities import set_capabilities
-from qmpsnap.hypervisor.monitor import Events, Monitor, settle
+from qmpsnap.hypervisor.monitor import Events, Monitor, settle, understood
 from qmpsnap.shield import finish
 
+Scalar = bool | int | float | str
 log = logging.getLogger(__name__)
 UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s also holds back files
 # A cancel that comes just before QEMU reaches `pre-switchover` leaves its migration thread waiting
@@ -63,6 +66,13 @@ async def query(monitor: Monitor) -> Migration:
     return await monitor.query("query-migrate", Migration)
 
 
+async def query_parameters(monitor: Monitor, names: Iterable[str]) -> dict[str, Scalar]:
+    """The migration parameters *names*. Raises ReplyMalformed, also where one is not told."""
+    told = await monitor.query("query-migrate-parameters", dict[str, Any])
+    async with understood("query-migrate-parameters"):
+        return msgspec.convert({name: told[name] for name in names}, dict[str, Scalar])
+
+
 @asynccontextmanager
 async def tuned(
     monitor: Monitor, capabilities: set[str], parameters: Mapping[str, object]
@@ -71,18 +81,15 @@ async def tuned(
 
     Afterwards everything is as it was found: capabilities and parameters outlive a migration.
     """
-    before = {
-        item["capability"]: item["state"]
-        for item in await monitor.execute("query-migrate-capabilities")
-    }
+    before = await query_capabilities(monitor)
     wanted = {name: name in capabilities | {"events"} for name in before}
     changes = {name: state for name, state in wanted.items() if state != before[name]}
-    old = await monitor.execute("query-migrate-parameters")
     ours = {"max-bandwidth": UNLIMITED, **parameters}
+    old = await query_parameters(monitor, ours)
 
     async def as_found(current: Monitor) -> None:
         found = {name: not to for name, to in changes.items()}
-        await set_back(current, found, {name: old[name] for name in ours})
+        await set_back(current, found, old)
 
     try:
         # off before on: QEMU checks each call's outcome, and some exclude one another
@@ -101,7 +108,7 @@ async def tuned(
 
 
 async def set_back(
-    monitor: Monitor, capabilities: dict[str, bool], parameters: dict[str, object]
+    monitor: Monitor, capabilities: dict[str, bool], parameters: Mapping[str, object]
 ) -> None:
     """Give QEMU these capabilities and parameters again."""
     if parameters:

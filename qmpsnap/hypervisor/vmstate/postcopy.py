@@ -44,10 +44,10 @@ async def trouble(monitor: Monitor) -> str:
     asking = Asking(monitor)
     if why := huge(await asking.human("info ramblock") or []):
         return why
-    for one in await asking.quietly("qom-list", path="/objects") or []:
+    for one in await asking.listed("/objects") or []:
         # a page that was thrown away would come back out of the file, and nobody would ask for it
-        if one["type"] == "child<memory-backend-file>":
-            return f"memory backend {one['name']} is a file"
+        if one.type == "child<memory-backend-file>":
+            return f"memory backend {one.name} is a file"
     try:
         await set_capabilities(monitor, {_CAPABILITY: True})
     except CommandRefused as refused:

@@ -16,6 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from qmpsnap.errors import CommandRefused, LocalFailed, MigrationFailed, MonitorLost
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
@@ -47,8 +49,7 @@ async def direct(monitor: Monitor, path: Path, *, file_uri: bool) -> AsyncIterat
     try:
         await monitor.send_fd(fd)
         if file_uri:
-            added = await monitor.execute("add-fd", {"opaque": _OPAQUE})
-            set_id = added["fdset-id"]
+            set_id = (await monitor.query("add-fd", _Set, {"opaque": _OPAQUE})).fdset_id
             yield Target(f"file:/dev/fdset/{set_id}")
         else:  # 7.2 has no file: URI; 11 takes no regular file as fd:
             await monitor.execute("getfd", {"fdname": _FDNAME})
@@ -115,6 +116,15 @@ async def drained(monitor: Monitor, path: Path, *, size: int) -> AsyncIterator[T
                 os.close(open_fd)
 
 
+class _Fd(msgspec.Struct, frozen=True):
+    opaque: str | None = None
+
+
+class _Set(msgspec.Struct, frozen=True, rename="kebab"):
+    fdset_id: int
+    fds: list[_Fd] = []
+
+
 def _create(path: Path) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -152,7 +162,7 @@ async def _forget(monitor: Monitor, set_id: int | None) -> None:
 
 async def forget_all(monitor: Monitor) -> None:
     """Close the descriptors that an engine that died left in QEMU."""
-    for fdset in await monitor.execute("query-fdsets"):
-        if any(fd.get("opaque") == _OPAQUE for fd in fdset["fds"]):
-            await _forget(monitor, fdset["fdset-id"])
+    for fdset in await monitor.query("query-fdsets", list[_Set]):
+        if any(fd.opaque == _OPAQUE for fd in fdset.fds):
+            await _forget(monitor, fdset.fdset_id)
     await _forget(monitor, None)
