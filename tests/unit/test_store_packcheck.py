@@ -45,7 +45,7 @@ class Pack:
 @pytest.mark.parametrize("piece", [1000, 5000, 1 << 20])
 def test_each_is_read_once_as_long_as_it_is_the_same(tmp_path, monkeypatch, piece):
     """However the chunks lie in what is read at a time."""
-    monkeypatch.setattr(packcheck, "CHUNK", piece)
+    monkeypatch.setattr(packcheck, "PIECE", piece)
     pack, checked = Pack(tmp_path / "a"), Checked()
     for _ in range(2):
         pack.check(checked)
@@ -66,7 +66,7 @@ def test_each_is_read_once_as_long_as_it_is_the_same(tmp_path, monkeypatch, piec
 @pytest.mark.parametrize("piece", [1000, 5000, 1 << 20])
 @pytest.mark.parametrize("wrong", [(0,), (19,), (3, 4, 11)])
 def test_chunks_that_the_writer_spoilt_are_counted(tmp_path, monkeypatch, piece, wrong):
-    monkeypatch.setattr(packcheck, "CHUNK", piece)
+    monkeypatch.setattr(packcheck, "PIECE", piece)
     with pytest.raises(DigestMismatch, match=f": {len(wrong)} chunks are not what its table says"):
         Pack(tmp_path / "a", *wrong).check(Checked())
 
@@ -87,6 +87,6 @@ def test_frames_that_overlap(tmp_path, monkeypatch):
     first = min(frames.values())
     odd = {digest: first._replace(offset=first.offset + 1) for digest in frames}
     monkeypatch.setattr(packcheck, "table", lambda path, *, side: odd)
-    monkeypatch.setattr(packcheck, "CHUNK", 1000)
+    monkeypatch.setattr(packcheck, "PIECE", 1000)
     with pytest.raises(DigestMismatch, match="20 chunks"):
         pack.check(Checked())
