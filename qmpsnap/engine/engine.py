@@ -295,6 +295,7 @@ class Engine(Reader):
                 if not settled and not revived:
                     raise
                 log.info("%s; its disks were settled without QEMU", absent)
+            await ship.tidied(self.roots, machine.name)
             points = await asyncio.to_thread(read_points, self.roots.local, machine.name)
             await asyncio.to_thread(merge.finish, points, self._report)
             await copies.digested(self.roots, machine.name, self._report)

@@ -172,19 +172,26 @@ async def ship_waiting(
     """As `ship_all`, for a *vm* whose lock the caller holds."""
     delivered: list[Delivered] = []
     failed: list[NotShipped] = []
+    await tidied(roots, vm)
+    for facts in await asyncio.to_thread(local.survey, roots.local, vm):
+        if facts.paired or facts.storage is None or facts.spooled is None or facts.problem:
+            continue
+        try:
+            delivered.append(await ship(roots, vm, facts.id, report))
+        except NotShipped as trouble:
+            failed.append(trouble)
+    return delivered, failed
+
+
+async def tidied(roots: Roots, vm: str) -> None:
+    """What is left here of halves that have arrived goes, where a crash came after their note.
+
+    The caller holds the VM's lock. Raises LocalFailed.
+    """
     for facts in await asyncio.to_thread(local.survey, roots.local, vm):
         if facts.paired is not None and facts.spool:
-            # shipped and noted: a crash came between the note and the end of the spool
             await asyncio.to_thread(_remove, roots.local.spool(vm, facts.id))
-            await asyncio.to_thread(shared.sweep_local, roots.local, vm)
-        elif facts.storage is None or facts.spooled is None or facts.problem is not None:
-            continue
-        else:
-            try:
-                delivered.append(await ship(roots, vm, facts.id, report))
-            except NotShipped as trouble:
-                failed.append(trouble)
-    return delivered, failed
+    await asyncio.to_thread(shared.sweep_local, roots.local, vm)
 
 
 def _remove(spool: Path) -> None:

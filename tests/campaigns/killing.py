@@ -66,6 +66,7 @@ class World:
     case: Case
     bench: Bench
     agent: FakeAgent
+    _wires: int
     _writes: int = 0
     known: set[str] = field(default_factory=set)
 
@@ -183,6 +184,11 @@ class World:
 
     async def _nothing_is_left(self) -> None:
         await self.bench.all_is_well()
+        pid = self.bench.qemu.pid
+        try:
+            self.bench.witness.until(lambda: _wires(pid) == self._wires, within=5)
+        except TimeoutError:
+            raise AssertionError(f"QEMU has {_wires(pid)} sockets and pipes") from None
         left = [str(path) for path in self.bench.store.rglob("*.partial*")]
         assert left == [], f"on the store: {left}"
         sockets = [path.name for path in self.bench.local.parent.glob("qmpsnap-*")]
@@ -215,7 +221,7 @@ async def world(case: Case, folder: Path, store: Path) -> AsyncIterator[World]:
             it.guest_writes(1, 2, 3)
             if case.verb == "refresh":
                 await it.engine().create(it.clean, wishes(RamChoice.NONE, level=Level.FULL))
-            one = World(case, it, agent)
+            one = World(case, it, agent, _wires(it.qemu.pid))
             one.known = set(it.points())
             yield one
 
@@ -228,6 +234,15 @@ def strikes(positions: Sequence[tuple[str, int]]) -> Iterator[Strike]:
     for at, times in positions:
         if times > 1:
             yield Strike(at, visit=times // 2 + 1)
+
+
+def _wires(pid: int) -> int:
+    """How many sockets and pipes a process has open: what was handed to it and forgotten counts."""
+    found = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(path).startswith(("socket:", "pipe:"))  # noqa: PTH115
+    return found
 
 
 def _stopped(pid: int) -> bool:

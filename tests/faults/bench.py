@@ -218,7 +218,8 @@ class Bench:
             name for name in layers if _OURS.search(name.removesuffix(".qcow2"))[1] not in ids
         } == set()  # type: ignore[index]
         on_root = {path.name for path in (self.local / "vm").iterdir() if path.is_dir()}
-        assert on_root - {"journal", "layers", "ram", "shared"} == ids
+        assert on_root - {"arrivals", "journal", "layers", "ram", "shared"} == ids
+        assert [*(self.local / "vm/arrivals").glob("*")] == []
         # RAM is kept of snapshots only, and what has been shipped does not wait to be
         assert {path.name for path in (self.local / "vm/ram").glob("*")} <= ids
         assert [*(self.local / "vm/shared").glob("*")] == []

@@ -113,6 +113,22 @@ async def test_a_probe_that_was_broken_off_is_taken_back(
         assert await it.all_is_well() == set()
 
 
+async def test_what_has_arrived_leaves_nothing_here_when_its_engine_dies_then(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        made = await it.engine().create(it.clean, wishes(RamChoice.NONE))
+        # as it is left between the note of the pair and the end of the spool, or after that
+        spool, shared = it.local / "vm" / made.id / "spool", it.local / "vm/shared"
+        spool.mkdir()
+        shared.mkdir(exist_ok=True)
+        (spool / "half").touch()
+        (shared / ("0" * 64)).touch()
+        assert await it.engine().recover(it.clean) == []
+        assert not spool.exists()
+        assert await it.all_is_well() == {made.id}
+
+
 async def test_a_guest_held_by_a_dead_engine_is_continued_by_the_watchdog(
     qemu72: Path, short: Path, store: Path
 ) -> None:

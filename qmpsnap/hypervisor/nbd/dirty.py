@@ -73,7 +73,8 @@ async def broken_off(monitor: Monitor, socket: Path | None = None) -> bool:
     """End what an engine that died has left of `changed`; whether there was anything.
 
     The server is stopped where an export of ours was on it, or where it answers on *socket*, the
-    path that engine had given: somebody else's is not touched. Raises MonitorLost.
+    path that engine had given: somebody else's is not touched. So is the descriptor that QEMU was
+    given for it, if it died before it had made use of it. Raises MonitorLost.
     """
     left = [one for one in await _exports(monitor) if one.startswith(_PREFIX)]
     for one in left:
@@ -82,6 +83,8 @@ async def broken_off(monitor: Monitor, socket: Path | None = None) -> bool:
     if ours:
         with suppress(CommandRefused):  # it was stopped already
             await monitor.execute("nbd-server-stop")
+    with suppress(CommandRefused):  # as a rule the server has taken it
+        await monitor.execute("closefd", {"fdname": _FDNAME})
     if socket is not None:
         _remove(socket)
     return ours
