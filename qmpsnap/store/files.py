@@ -38,7 +38,7 @@ _PLAIN = {
 _PASSING = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN,
-    errno.EREMOTEIO, errno.EAGAIN, errno.EINTR,
+    errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.EBADF,
 }  # fmt: skip
 """What a store says that may be well again when it is asked once more."""
 

@@ -385,3 +385,28 @@ async def test_a_lease_that_is_looked_at_costs_no_lease(tmp_path: Path, root: St
     seen = await one.store.own("web", msgspec.structs.replace(who, holder="other"), "look")
     assert not seen.ours
     assert 0 < (seen.ends_in_s or 0) <= TERM
+
+
+def test_one_who_was_slow_takes_no_number_that_is_over(
+    tmp_path: Path, root: StoreRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He read a number, and when he makes the next one, that has been used and removed."""
+    lease.take(root, "web", host(tmp_path, "one"))
+    aged(root, TERM + 1)
+    made = lease._made
+    quick: list[Held] = []
+
+    def slow(path: Path, to: Path, mine: lease.Lease) -> bool:
+        if mine.host == "two" and not quick:
+            quick.append(lease.take(root, "web", host(tmp_path, "three")))
+            quick[0].check()
+            quick[0].check()
+            assert numbers(root)[0] == "00000004.json"
+            assert to.name == "00000002.json"
+        return made(path, to, mine)
+
+    monkeypatch.setattr(lease, "_made", slow)
+    with pytest.raises(LeaseHeld, match="the host three"):
+        lease.take(root, "web", host(tmp_path, "two"))
+    quick[0].check()
+    assert numbers(root) == ["00000005.json"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from qmpsnap.engine import configuration, tpm, usage
 from qmpsnap.errors import ManifestError
-from qmpsnap.store import hurt, moved, pages, shared
+from qmpsnap.store import holder, hurt, lease, moved, pages, rival, shared
 from qmpsnap.store.manifest import (
     KINDS,
     Digests,
@@ -145,6 +145,7 @@ def test_the_committed_schemas_are_current():
     folder = Path(__file__).parents[2] / "docs" / "schemas"
     others = configuration.schemas() | usage.schemas() | shared.schemas() | tpm.schemas()
     others |= moved.schemas() | pages.schemas() | hurt.schemas()
+    others |= lease.schemas() | holder.schemas() | rival.schemas()
     assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, *others}
     for word, schema in (schemas() | others).items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"
