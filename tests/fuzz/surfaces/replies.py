@@ -156,6 +156,8 @@ async def _recovered(monitor: Recorded) -> object:
     with suppress(SnapError):
         await recover._refuse_other(monitor, machine, msgspec.structs.replace(owed, uuid=None))
     await recover._is_the_same(monitor, owed)
+    with suppress(SnapError):
+        await abilities.broken_off(monitor)
     await target.forget_all(monitor)
     await recover._migration_ended(monitor, msgspec.structs.replace(owed, failure_safe=True))
     return await recover._set_back(monitor, owed)
