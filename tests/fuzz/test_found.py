@@ -89,6 +89,7 @@ CASES: dict[str, list[Any]] = {
     ],
     "agent-wire": [b"\xff" + b"x" * (1 << 17), b'\xff{"return": ' + b"1" * (1 << 17)],
     "feeder-lines": [b'{"warning": "' + b"x" * (1 << 17)],
+    "return-path": [b"\0\5\0\0", b"\0\5\1\1" + bytes(257)],
     "qmp-states": [{"query-status": []}, {"query-status": {"status": []}}],
     "qmp-abilities": [{"query-version": {"qemu": []}}, {"query-version": None}],
     "qmp-inventory": [{"query-version": {"qemu": {"major": 8, "minor": 0, "micro": 0}},
