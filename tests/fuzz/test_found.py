@@ -88,7 +88,7 @@ CASES: dict[str, list[Any]] = {
             {"parent": 1, "child": 2, "name": "x"}]}},
     ],
     "agent-wire": [b"\xff" + b"x" * (1 << 17), b'\xff{"return": ' + b"1" * (1 << 17)],
-    "worker-lines": [b'{"error":{"code":"","message":"","hint":""}}\n'],
+    "worker-lines": [b'{"error":{"code":"","message":"","hint":""}}\n', b" " * (4 << 20)],
     "feeder-lines": [b'{"failed":{"code":"","message":"","hint":""}}\n',
                      b'{"warning": "' + b"x" * (1 << 17)],
     "return-path": [b"\0\5\0\0", b"\0\5\1\1" + bytes(257)],
