@@ -205,6 +205,8 @@ def _in_words(told: str, table: dict[str, object], prefix: str) -> str:
 def _path(file: Path, text: str | None) -> Path | None:
     if text is None:
         return None
+    if "\0" in text:
+        raise ConfigError(f"{file}: {text}: no path has a NUL in it")
     try:
         return file.absolute().parent / Path(text).expanduser()
     except RuntimeError as homeless:

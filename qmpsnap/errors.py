@@ -47,7 +47,7 @@ class SnapError(Exception):
     hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(in_one_line(message))
+        super().__init__(in_one_line(message) or self.code)
         if hint:
             self.hint = in_one_line(hint)
 

@@ -55,6 +55,10 @@ class _Capability(msgspec.Struct, frozen=True):
     state: bool
 
 
+class _Migration(msgspec.Struct, frozen=True):
+    status: str = ""
+
+
 async def capabilities(monitor: Monitor) -> dict[str, bool]:
     """The migration capabilities that this QEMU has, and which are set. Raises ReplyMalformed."""
     told = await monitor.query("query-migrate-capabilities", list[_Capability])
@@ -102,10 +106,9 @@ async def broken_off(monitor: Monitor) -> bool:
     The journal does not tell of it, and need not: every probe ends with that capability off, and
     nobody has a use for it while no migration is under way. Raises MonitorError.
     """
-    found = await monitor.execute("query-migrate-capabilities")
-    if not any(one["capability"] == _BACKGROUND and one["state"] for one in found):
+    if not (await capabilities(monitor)).get(_BACKGROUND):
         return False
-    if (await monitor.execute("query-migrate")).get("status") in _AT_WORK:
+    if (await monitor.query("query-migrate", _Migration)).status in _AT_WORK:
         return False
     await _background_off(monitor)
     return True

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap.errors import LocalFailed
+from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import read_small, replace
 
@@ -39,7 +39,7 @@ def unchanged_for(path: Path, lease: str) -> float:
         boot = _BOOT.read_text().strip()
     except OSError:
         return 0.0
-    with suppress(LocalFailed, msgspec.DecodeError, UnicodeDecodeError):
+    with suppress(LocalFailed, *UNREADABLE):
         known = msgspec.json.decode(read_small(path, side=LocalFailed), type=Rival)
         if (known.lease, known.boot) == (lease, boot):
             return now - known.seen_s

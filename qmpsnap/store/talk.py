@@ -106,15 +106,17 @@ class _Lines(asyncio.SubprocessProtocol):
         self.queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.complaint = b""
         self.gone = asyncio.Event()
-        self._rest = b""
+        self._rest: list[bytes] = []
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd != 1:
             self.complaint = (self.complaint + data)[-4096:]
             return
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, rest = data.split(b"\n")
         for line in lines:
-            self.queue.put_nowait(line)
+            self.queue.put_nowait(b"".join([*self._rest, line]))
+            self._rest.clear()
+        self._rest.append(rest)  # joined once: a catalogue is a line of some MiB
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.queue.put_nowait(None)

@@ -67,7 +67,7 @@ CASES: dict[str, list[Any]] = {
         for number in (b"1", b"1" * 400)
     ],
     "dependents": [json.dumps({"folder": "f", "images": ["x" * 300]}).encode()],
-    "config": [b"local =" + _DEEP_LIST, b"local = " + b"9" * 5000,
+    "config": [b'local = "\\u0000"', b"local =" + _DEEP_LIST, b"local = " + b"9" * 5000,
                b'store_timeout = "' + b"9" * 400 + b's"'],
     "journal": [b"", b'{"verb":"delete","phase":[]}\n', b'{"phase":"folding","files":1}\n',
                 b'{"verb":"create"}\n{"phase":[]}\n', b'{"phase":{}}\n'],
@@ -87,6 +87,11 @@ CASES: dict[str, list[Any]] = {
         {**_told(_node("d0", children=None)), "x-debug-query-block-graph": {"nodes": [], "edges": [
             {"parent": 1, "child": 2, "name": "x"}]}},
     ],
+    "agent-wire": [b"\xff" + b"x" * (1 << 17), b'\xff{"return": ' + b"1" * (1 << 17)],
+    "worker-lines": [b'{"error":{"code":"","message":"","hint":""}}\n', b" " * (4 << 20)],
+    "feeder-lines": [b'{"failed":{"code":"","message":"","hint":""}}\n',
+                     b'{"warning": "' + b"x" * (1 << 17)],
+    "return-path": [b"\0\5\0\0", b"\0\5\1\1" + bytes(257)],
     "qmp-states": [{"query-status": []}, {"query-status": {"status": []}}],
     "qmp-abilities": [{"query-version": {"qemu": []}}, {"query-version": None}],
     "qmp-inventory": [{"query-version": {"qemu": {"major": 8, "minor": 0, "micro": 0}},
@@ -98,6 +103,9 @@ CASES: dict[str, list[Any]] = {
     "monitor-wire": [
         [_GREETING, _DONE, b'{"id": {"x": 1}, "error": {"class": "GenericError", "desc": "x"}}\n'],
         [_GREETING, _DONE, b'{"id": \x8d\xa2"}\n'],
+        [b'{"QMP": "' + b"x" * (11 << 20)],  # a line that never ends
+        [_GREETING, _DONE, b'{"return": "' + b"x" * (11 << 20)],
+        [_GREETING + _GREETING, _DONE + _GREETING],
         [_GREETING, b'{"event": "STOP", "timestamp": []}\n' + _DONE],
     ],
     "spare-wire": [b"[]\n", b"\n", _GREETING + b"[]\n", _GREETING + b'{"id":"@ID@"}\n',

@@ -146,7 +146,9 @@ def test_a_figure_without_end_is_none() -> None:
             read("9" * 400 + ("s" if read is config.duration else ""))
 
 
-@pytest.mark.parametrize("text", ["local = " + "[" * 3000, "ram_images = " + "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ['local = "a\\u0000"', "local = " + "[" * 3000, "ram_images = " + "9" * 5000]
+)
 def test_what_no_reader_of_toml_takes(file: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=file.name):

@@ -59,6 +59,8 @@ async def test_messages_are_read_in_their_order() -> None:
 @pytest.mark.parametrize(
     "said",
     [
+        _message(5, b""),
+        _message(5, bytes(257)),
         _message(4, _PAGES),  # of no block yet
         _message(3, _PAGES + b"\2m1"),
         _message(3, _PAGES + b"\3m0"),

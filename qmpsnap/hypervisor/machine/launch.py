@@ -23,7 +23,7 @@ from qmpsnap.shield import finish
 
 _BACKLOG = 8  # whoever connects while another client is served waits in the queue
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
-_TAIL = 20  # lines of stderr in a failure
+_TAIL = 8  # lines of stderr in a failure, which is told in one line
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,4 +202,4 @@ def _last_words(log: Path, start: int, what: str) -> str:
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()[-_TAIL:]
-    return "\n".join([f"{what}; {log} ends:", *lines]) if lines else f"{what}, without a word"
+    return f"{what}; {log} ends: {' | '.join(lines)}" if lines else f"{what}, without a word"

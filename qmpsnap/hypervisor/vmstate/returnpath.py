@@ -96,7 +96,7 @@ class ReturnPath:
 
     def _named(self, word: bytes) -> str:
         block = word[1:].decode(errors="replace")
-        if word[:1] != bytes([len(word) - 1]) or block not in self._blocks:
+        if not word or word[0] != len(word) - 1 or block not in self._blocks:
             raise ReplyMalformed(f"the return path names a RAM block {block!r}")
         return block
 

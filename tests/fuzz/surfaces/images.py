@@ -15,7 +15,7 @@ from qmpsnap.host import qemu_img
 from qmpsnap.hypervisor.machine import features
 from tests.fuzz import mutation
 from tests.fuzz.surface import Surface
-from tests.fuzz.surfaces.replies import _runner
+from tests.fuzz.surfaces.replies import driven
 
 
 def _imaged(given: bytes, _scratch: Path) -> object:
@@ -71,7 +71,7 @@ _INFO = {
 
 ALL = [
     Surface("image-header", _images,
-            lambda given, scratch: _runner().run(_examined(given, scratch)), _header, slow=True),
+            lambda given, scratch: driven(_examined(given, scratch)), _header, slow=True),
     Surface("image-facts", lambda: [json.dumps(_INFO).encode(), b'{"corruptions":1,"leaks":2}',
                                     b'[{"start":0,"length":5,"depth":0,"present":true}]',
                                     b'{"return":{"model":{"props":{"aes":true}}},"id":0}'],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -58,8 +58,13 @@ class Recorded(Monitor):
 
 
 @cache
-def _runner() -> asyncio.Runner:
-    return asyncio.Runner()
+def _loop() -> asyncio.AbstractEventLoop:
+    return asyncio.new_event_loop()
+
+
+def driven(work: Coroutine[Any, Any, object]) -> object:
+    """What comes of *work*, on a loop that all of this process share."""
+    return _loop().run_until_complete(work)
 
 
 @cache
@@ -73,7 +78,7 @@ def _seeds(ask: Ask) -> list[Told]:
     for told in _versions().values():
         monitor = Recorded(told)
         with suppress(SnapError):
-            _runner().run(_of(ask, monitor))
+            driven(_of(ask, monitor))
         found.append({name: told[name] for name in sorted(monitor.asked & told.keys())})
     return found
 
@@ -84,7 +89,7 @@ async def _of(ask: Ask, monitor: Recorded) -> object:
 
 def _replies(name: str, ask: Ask, *, slow: bool = False) -> Surface:
     def tried(given: Any, _scratch: Path) -> object:
-        return _runner().run(_of(ask, Recorded(given if isinstance(given, dict) else {})))
+        return driven(_of(ask, Recorded(given if isinstance(given, dict) else {})))
 
     return Surface(f"qmp-{name}", lambda: _seeds(ask), tried, mutation.tree, slow=slow)
 
@@ -156,6 +161,8 @@ async def _recovered(monitor: Recorded) -> object:
     with suppress(SnapError):
         await recover._refuse_other(monitor, machine, msgspec.structs.replace(owed, uuid=None))
     await recover._is_the_same(monitor, owed)
+    with suppress(SnapError):
+        await abilities.broken_off(monitor)
     await target.forget_all(monitor)
     await recover._migration_ended(monitor, msgspec.structs.replace(owed, failure_safe=True))
     return await recover._set_back(monitor, owed)

@@ -15,9 +15,9 @@ import msgspec
 from qmpsnap.engine import offline, recover, unkept
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import HalfMissing, ManifestError
+from qmpsnap.errors import HalfMissing, ManifestError, SnapError
 from qmpsnap.host import journal
-from qmpsnap.store import catalogue, half, local, manifest, points, shared, wire
+from qmpsnap.store import catalogue, half, lease, local, manifest, points, rival, shared, wire
 from qmpsnap.store.identity import read_identity
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from tests.fuzz import mutation, samples
@@ -117,6 +117,21 @@ def _asked(given: Tree, scratch: Path) -> object:
     return found, half.verify(root, wire.Verify(**one), lambda *_: None)
 
 
+def _leases() -> list[Tree]:
+    one = samples.content(lease.Lease, holder="other", term_s=60.0, given_up=False)
+    return [{f"store/{VM}/lease/00000007.json": one, "rival.json": samples.content(rival.Rival)}]
+
+
+def _leased(given: Tree, scratch: Path) -> object:
+    laid(scratch, given)
+    root, seen = StoreRoot(scratch / "store"), str(scratch / "rival.json")
+    who = lease.Claimant(holder="us", host="x", term_s=60.0, seen=seen)
+    root.path.mkdir(exist_ok=True)
+    with suppress(SnapError):
+        lease.in_words(lease.look(root, VM, who))
+    return lease.take(root, VM, who)
+
+
 def _debts() -> list[bytes]:
     owed = samples.sample(recover.Owed, phase="planned", verb="create", of=None, sockets=None)
     for one in owed["laid"]:
@@ -156,5 +171,6 @@ def _read(name: str, seeds: Callable[[], list[Tree]], tried: Callable[..., objec
 ALL = [
     _read("local-half", _local, _surveyed),
     _read("store-half", _store, _asked),
+    _read("lease", _leases, _leased),
     Surface("journal", _debts, _settled, _lines, slow=True),
 ]

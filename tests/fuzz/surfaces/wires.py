@@ -23,7 +23,7 @@ from qmpsnap.hypervisor.vmstate import returnpath, stream
 from qmpsnap.store import talk, wire, worker
 from tests.fuzz import mutation, samples
 from tests.fuzz.surface import Surface
-from tests.fuzz.surfaces.replies import _runner
+from tests.fuzz.surfaces.replies import driven
 from tests.rig.stream import small
 
 _HERE = b"@ID@"
@@ -94,7 +94,7 @@ def _script(
 ) -> Surface:
     def tried(given: Script, scratch: Path) -> object:
         (scratch / "sock").unlink(missing_ok=True)
-        return _runner().run(_whole(given, scratch / "sock", ask))
+        return driven(_whole(given, scratch / "sock", ask))
 
     return Surface(name, lambda: seeds, tried, _spoil, slow=True)
 
@@ -237,7 +237,7 @@ def _read(ask: Callable[[bytes], Awaitable[object]]) -> Callable[[bytes, Path], 
     async def whole(given: bytes) -> object:
         return await ask(given)
 
-    return lambda given, _scratch: _runner().run(whole(given))
+    return lambda given, _scratch: driven(whole(given))
 
 
 def _streamed(given: bytes, scratch: Path) -> object:
