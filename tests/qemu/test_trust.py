@@ -29,14 +29,16 @@ KEY = Path("key")
 
 @dataclass
 class Host:
-    """A host with a local root of its own, and a store that it may share."""
+    """A host with keys of its own, and a store that it may share."""
 
     dir: Path
     store: Path
+    keys: Path | None = None
 
     def engine(self, **other: object) -> Engine:
         # page images would bring back RAM that the store is not asked for
-        return Engine(self.dir / "local", self.store, allow_local_store=True, ram_images=0, **other)  # type: ignore[arg-type]
+        how = {"allow_local_store": True, "ram_images": 0, "keys": self.keys, **other}
+        return Engine(self.dir / "local", self.store, **how)  # type: ignore[arg-type]
 
     @property
     def ring(self) -> Keyring:
@@ -205,28 +207,25 @@ async def test_what_nobody_vouches_for_is_not_used(qemu72: Path, short: Path, st
 
 
 async def test_two_hosts_and_one_store(qemu72: Path, short: Path, store: Path) -> None:
-    ours, theirs = Host(short / "a", store), Host(short / "b", store)
-    for host in (ours, theirs):
-        host.dir.mkdir()
+    # the local half was carried over, to where it was: who took it is known by the keys alone
+    ours, theirs = Host(short, store, short / "a"), Host(short, store, short / "b")
     line, _ = options(short)
     async with running(qemu72, *line, directory=short) as process:
         made = await ours.engine().create(Machine("vm", process.qmp), WISHES)
-        # the local half is carried over: who has taken it is known by the key alone
+        assert not (short / "local/.keys").exists()
         theirs.ring.ready()
-        (short / "a/local/vm").rename(short / "b/local/vm")
         await theirs.refused(made.id, {"foreign"})
-
-        other = Machine("other", process.qmp)
-        await theirs.engine().create(other, WISHES)
-
         key = theirs.ring.imported(keyfile.encode(ours.ring.public()), KEY)
         assert key.key == ours.ring.ready()
         assert await theirs.comes_back(made.id) == "trusted"
-        assert (await theirs.engine().verify("vm", made.id)).findings == []
+        found = await theirs.engine().verify("vm", made.id)
+        assert (found.findings, found.untrusted) == ([], False)
 
-    # and what they have taken is a stranger's here
+        # and what they take is a stranger's here
+        other = await theirs.engine().create(Machine("other", process.qmp), WISHES)
+    shutil.rmtree(short / "local/other")
     (seen,) = await ours.engine().list("other")
-    assert seen.state == "store only"
+    assert (seen.id, seen.state) == (other.id, "store only")
     assert "not trusted here" in seen.why
 
 
