@@ -127,7 +127,7 @@ class Call:
                 f"no {word} root is given",
                 hint=f'give --{word} DIR, or put `{word} = "DIR"` into the configuration',
             )
-        return path or _NOWHERE
+        return path or _NOWHERE / word
 
 
 def _registered(name: str) -> Registered | None:

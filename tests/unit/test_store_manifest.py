@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from qmpsnap.engine import configuration, tpm, usage
 from qmpsnap.errors import ManifestError
-from qmpsnap.store import hurt, keyfile, moved, pages, shared, signature
+from qmpsnap.store import holder, hurt, keyfile, lease, moved, pages, rival, shared, signature
 from qmpsnap.store.manifest import (
     KINDS,
     Digests,
@@ -159,6 +159,7 @@ def test_the_committed_schemas_are_current():
     others = configuration.schemas() | usage.schemas() | shared.schemas() | tpm.schemas()
     others |= moved.schemas() | pages.schemas() | hurt.schemas()
     others |= signature.schemas() | keyfile.schemas()
+    others |= holder.schemas() | lease.schemas() | rival.schemas()
     assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, *others}
     for word, schema in (schemas() | others).items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"
