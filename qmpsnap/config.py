@@ -43,7 +43,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too, its pages
     in *ram_images_in* if that is given. *lease* in seconds: how long a VM is this host's on the
-    store; *ship_retry*: for how long a delivery that gets no further is tried again.
+    store; *ship_retry*: for how long a delivery that gets no further is tried again. *keys*: the
+    folder of this host's keys.
     """
 
     path: Path | None = None
@@ -55,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ship_retry: float = SHIP_RETRY
     ram_images: int = RAM_IMAGES
     ram_images_in: Path | None = None
+    keys: Path | None = None
     vms: Mapping[str, Vm] = {}
 
 
@@ -73,6 +75,7 @@ class _File(msgspec.Struct, frozen=True):
     ship_retry: str | None = None
     ram_images: int = RAM_IMAGES
     ram_images_in: str | None = None
+    keys: str | None = None
     vm: dict[str, dict[str, object]] = {}
 
 
@@ -120,6 +123,7 @@ def load(given: Path | None = None) -> Config:
         ship_retry=_seconds(path, "ship_retry", file.ship_retry, SHIP_RETRY),
         ram_images=file.ram_images,
         ram_images_in=_path(path, file.ram_images_in),
+        keys=_path(path, file.keys),
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},
     )
 

@@ -5,7 +5,9 @@ SnapError
  │   └─ ConfigError
  ├─ Refused (3)               refused before anything was touched
  │   ├─ VmUnknown, SnapshotUnknown, MonitorAbsent, MonitorBusy
- │   └─ VmBusy, StoreRefused (LeaseHeld), Blocked
+ │   ├─ VmBusy, StoreRefused (LeaseHeld), Blocked
+ │   ├─ KeyRefused
+ │   └─ Untrusted: Unsigned, Foreign
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
  │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
@@ -16,6 +18,7 @@ SnapError
  │   ├─ GuestLeftStopped, GuestStillFrozen, GuestLacksPages
  ├─ DamagedData (7)           what is on disk is not what the manifest says
  │   ├─ ManifestError, HalfMissing (PacksMissing), DigestMismatch, BaseChanged
+ │   ├─ SignatureWrong
  └─ IllegalMove (4)           our own bug: a phase was skipped
 """
 
@@ -107,6 +110,28 @@ class LeaseHeld(StoreRefused):
 
 class Blocked(Refused):
     """QEMU, a device or the host rules out what was asked for; nothing was touched."""
+
+
+class KeyRefused(Refused):
+    """A key of this host is not as safe as it has to be, or not to be had; nothing was changed."""
+
+
+class Untrusted(Refused):
+    """A manifest that no key vouches for which is trusted here; nothing of it was used."""
+
+
+class Unsigned(Untrusted):
+    hint = (
+        "it was taken by an older qmpsnap, or somebody has removed its signature; "
+        "`--insecure unsigned` takes it as it is"
+    )
+
+
+class Foreign(Untrusted):
+    hint = (
+        "`qmpsnap keys export` on the host that took it, and `qmpsnap keys import FILE` here, make "
+        "it trusted; `--insecure foreign` takes it as it is"
+    )
 
 
 class Failed(SnapError):
@@ -237,6 +262,12 @@ class PacksMissing(HalfMissing):
 
 class DigestMismatch(DamagedData):
     pass
+
+
+class SignatureWrong(DamagedData):
+    """A manifest and its signature do not belong together: one of them was altered."""
+
+    hint = "nothing accepts it: whole files of that name put it right, or another snapshot"
 
 
 class BaseChanged(DamagedData):

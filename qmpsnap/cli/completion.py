@@ -63,12 +63,44 @@ def disks(context: typer.Context, incomplete: str) -> list[str]:
     return sorted(name for name in found if name.startswith(incomplete))
 
 
+def keys(context: typer.Context, incomplete: str) -> list[str]:
+    """IDs of the keys that may be forgotten."""
+    from qmpsnap.errors import SnapError
+    from qmpsnap.store.layout import LocalRoot
+
+    try:
+        folder = _settled(context, "keys")
+        if folder is None and (local := _local(context)) is not None:
+            folder = LocalRoot(local).keys
+        names = [path.name for path in folder.iterdir()] if folder is not None else []
+    except (SnapError, OSError):
+        return []
+    found = [
+        name.partition("-")[2].removesuffix(".json")
+        for name in names
+        if name.startswith(("retired-", "imported-")) and name.endswith(".json")
+    ]
+    return sorted(id for id in found if id.startswith(incomplete))
+
+
+def reasons(incomplete: str) -> list[str]:
+    """What `--insecure` takes."""
+    return [word for word in ("unsigned", "foreign") if word.startswith(incomplete)]
+
+
 def _local(context: typer.Context) -> Path | None:
-    from qmpsnap.cli import target
     from qmpsnap.errors import SnapError
 
     given: Path | None = context.params.get("local")
     try:
-        return given or target.configuration(context.params.get("config")).local
+        return given or _settled(context, "local")
     except SnapError:
         return None
+
+
+def _settled(context: typer.Context, word: str) -> Path | None:
+    """A folder of the configuration. Raises ConfigError."""
+    from qmpsnap.cli import target
+
+    found: Path | None = getattr(target.configuration(context.params.get("config")), word)
+    return found

@@ -19,12 +19,12 @@ Examples:
   nbdcopy "nbd+unix:///?socket=/run/vda.sock" vda.raw
 
 \b
-Exit codes: 2 usage; 3 no such snapshot; 4 failed; 7 a half is missing or an image
-has changed; 130 or 143 it was ended by Ctrl-C or SIGTERM.
+Exit codes: 2 usage; 3 no such snapshot, or nobody trusted has signed it; 4 failed; 7 a
+half is missing or an image has changed; 130 or 143 it was ended by Ctrl-C or SIGTERM.
 """
 
 
-@verb(sockets=False)
+@verb(sockets=False, insecure=True)
 async def export(
     call: Call,
     vm: options.Vm,

@@ -8,7 +8,8 @@ from qmpsnap.cli.verb import verb
 
 EPILOG = """\b
 States: paired (both halves sealed, naming each other), shipping (waits in the
-spool), local only, store only (the local half is elsewhere), damaged.
+spool), untrusted (not signed, or with a key that is not trusted here), local only,
+store only (the local half is elsewhere), damaged.
 
 \b
 Examples:

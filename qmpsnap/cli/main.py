@@ -16,6 +16,7 @@ from qmpsnap.cli import (
     delete,
     export,
     info,
+    keys,
     lease,
     list,
     protect,
@@ -106,6 +107,7 @@ _add(delete.delete, "delete", delete.EPILOG)
 _add(prune.prune, "prune", prune.EPILOG)
 _add(protect.protect, "protect", protect.EPILOG)
 _add(protect.unprotect, "unprotect", protect.UN_EPILOG)
+app.add_typer(keys.app, name="keys", rich_help_panel=None)
 _add(recover.recover, "recover", recover.EPILOG)
 _add(thaw.thaw, "thaw", thaw.EPILOG)
 app.command(

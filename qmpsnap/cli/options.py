@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmpsnap.cli.completion import snapshots, vms
+from qmpsnap.cli.completion import reasons, snapshots, vms
 
 Vm = Annotated[
     str,
@@ -139,6 +139,17 @@ SpeedLimit = Annotated[
         show_default=False,
     ),
 ]
+Insecure = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="unsigned|foreign",
+        help="Take a snapshot that is not signed (unsigned), or signed with a key that is not "
+        "trusted here (foreign); may be repeated. Default: refuse it. One whose signature is "
+        "wrong is damaged, and never taken.",
+        autocompletion=reasons,
+        show_default=False,
+    ),
+]
 
 ROOTS = {
     "config": (Config, None),
@@ -146,6 +157,7 @@ ROOTS = {
     "store": (Store, None),
     "allow_local_store": (AllowLocalStore, False),
 }
+INSECURE = {"insecure": (Insecure, None)}
 CONFIG = {"config": (Config, None)}
 SOCKETS = {"socket": (Socket, None), "agent_socket": (AgentSocket, None)}
 OUTPUT = {"json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, 0)}

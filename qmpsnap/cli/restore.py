@@ -34,7 +34,7 @@ ended by Ctrl-C or SIGTERM.
 """
 
 
-@verb()
+@verb(insecure=True)
 async def restore(
     call: Call,
     vm: options.Vm,

@@ -19,8 +19,11 @@ from qmpsnap.engine.limiting import Limit
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.keyfile import Public
+from qmpsnap.store.keyring import Key
 from qmpsnap.store.lease import Standing
 from qmpsnap.store.manifest import Manifest, Storage
+from qmpsnap.store.signature import Signed
 
 
 class PlannedDisk(Struct, frozen=True, kw_only=True):
@@ -65,7 +68,10 @@ class Planned(Struct, frozen=True, kw_only=True):
 
 
 class Shown(Struct, frozen=True, kw_only=True):
-    """`show`: both halves' manifests, and where the halves lie. *revisions*: the refreshed ones."""
+    """`show`: both halves' manifests, and where the halves lie. *revisions*: the refreshed ones.
+
+    *signature*: who vouches for them.
+    """
 
     id: str
     vm: str
@@ -75,6 +81,7 @@ class Shown(Struct, frozen=True, kw_only=True):
     storage: Storage
     manifest: Manifest
     revisions: list[Storage] = []
+    signature: Signed | None = None
 
 
 class Shipped(Struct, frozen=True, kw_only=True):
@@ -84,6 +91,13 @@ class Shipped(Struct, frozen=True, kw_only=True):
     id: str
     bytes: int
     state: Literal["paired"] = "paired"
+
+
+class Rotated(Struct, frozen=True, kw_only=True):
+    """`keys rotate`: the key that *signs* now (None with --dry-run), the one that is *retired*."""
+
+    signs: Key | None
+    retired: Key | None
 
 
 class Settled(Struct, frozen=True, kw_only=True):
@@ -109,7 +123,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     cold boot. *arriving*: the file that tells how much of it is there, with --detach; it goes when
     all is. *clone*: its number, with --clones; *clock* is `set` to the host's time then, or says
     why it was not, and *macs* are the addresses that were changed in the running guest, by
-    interface.
+    interface. *signature*: `trusted`, or what was accepted instead.
     """
 
     id: str
@@ -128,6 +142,7 @@ class Restored(Struct, frozen=True, kw_only=True):
     clone: int | None = None
     clock: str | None = None
     macs: dict[str, str] = {}
+    signature: str | None = None
 
 
 class Prepared(Struct, frozen=True, kw_only=True):
@@ -192,6 +207,11 @@ KINDS: dict[str, type[Struct]] = {
     "recover": Settled,
     "thaw": Thawed,
     "run": Started,
+    "keys-show": Key,
+    "keys-export": Public,
+    "keys-import": Key,
+    "keys-rotate": Rotated,
+    "keys-forget": Key,
     "error": Failure,
 }
 

@@ -22,7 +22,8 @@ Examples:
   qmpsnap show web --vmstate
 
 \b
-Exit codes: 0 done; 2 usage; 3 no such snapshot, or one without RAM; 4 a root cannot be read;
+Exit codes: 0 done; 2 usage; 3 no such snapshot, one without RAM, or one that nobody
+trusted has signed; 4 a root cannot be read;
 7 a half is missing or damaged.
 """
 
@@ -38,7 +39,7 @@ def _packs(manifest: Manifest) -> str | None:
     return f"{in_bytes(used)} in {len(manifest.packs)}, {in_bytes(fresh)} of them brought by it"
 
 
-@verb()
+@verb(insecure=True)
 async def show(
     call: Call,
     vm: options.Vm,
@@ -120,6 +121,7 @@ async def show(
             storage=storage,
             manifest=manifest,
             revisions=refreshed,
+            signature=pair.signed,
         )
         out.record(shown)
         return
@@ -127,6 +129,7 @@ async def show(
     out.facts([
         ("snapshot", f"{pair.id} of {pair.vm}, {state}"),
         ("taken", manifest.taken_at),
+        ("signature", pair.signed.words if pair.signed else None),
         ("note", manifest.note or None),
         ("pause", f"{in_ms(manifest.pause_ms)}; the guest was {manifest.was}"),
         ("quiesce", manifest.quiesce),

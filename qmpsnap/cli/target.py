@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmpsnap.engine.machine import Machine
     from qmpsnap.engine.wishes import Copying
     from qmpsnap.hypervisor.machine.registry import Registered
+    from qmpsnap.store.keyring import Keyring
 
 _ID = re.compile(r"\d{1,8}|\d{8}T\d{0,9}|\d{8}T\d{9}Z")
 # where no root is asked for, and none is given: nothing is ever there (passwd(5), Debian)
@@ -31,7 +32,8 @@ C = TypeVar("C", bound=StrEnum)
 class Call:
     """One call of the program: where it prints, and the options that all verbs share.
 
-    *caught*: the signals that it was sent, in their order; the first one has cancelled it.
+    *insecure*: the reasons for which a store half need not be trusted. *caught*: the signals that
+    it was sent, in their order; the first one has cancelled it.
     """
 
     out: Output
@@ -41,6 +43,7 @@ class Call:
     allow_local_store: bool = False
     socket: Path | None = None
     agent_socket: Path | None = None
+    insecure: Sequence[str] | None = None
     caught: list[signal.Signals] = field(default_factory=list)
 
     @property
@@ -69,8 +72,19 @@ class Call:
             ram_images_in=self.settings.ram_images_in,
             lease=self.settings.lease,
             ship_retry=self.settings.ship_retry,
+            keys=self.settings.keys,
+            insecure=self.insecure or (),
             report=self.out.progress,
         )
+
+    def keyring(self) -> Keyring:
+        """The keys of this host; the store is not asked for.
+
+        Raises UsageError where nothing says in which folder they are, ConfigError, StoreRefused.
+        """
+        local = self.local or self.settings.local
+        self._root("local", local, needed=self.settings.keys is None)
+        return self.engine(roots=False).keys
 
     def machine(self, name: str, *, reach: bool = True) -> Machine:
         """The VM *name*: with --socket, from the configuration, or started by `qmpsnap run`.
@@ -113,7 +127,7 @@ class Call:
                 f"no {word} root is given",
                 hint=f'give --{word} DIR, or put `{word} = "DIR"` into the configuration',
             )
-        return path or _NOWHERE
+        return path or _NOWHERE / word
 
 
 def _registered(name: str) -> Registered | None:

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 Work = Callable[..., Coroutine[object, object, int | None]]
 
 
-def verb(*, sockets: bool = True, roots: bool = True) -> Callable[[Work], Callable[..., int]]:
+def verb(
+    *, sockets: bool = True, roots: bool = True, insecure: bool = False
+) -> Callable[[Work], Callable[..., int]]:
     """Makes a command of a coroutine function that takes a `Call` and its own options.
 
-    The shared options are added behind its own. The command gives the exit code.
+    The shared options are added behind its own, with *insecure* that of what need not be trusted.
+    The command gives the exit code.
     """
     shared = {
         **(options.SOCKETS if sockets else {}),
+        **(options.INSECURE if insecure else {}),
         **(options.ROOTS if roots else options.CONFIG if sockets else {}),
         **options.OUTPUT,
     }

@@ -26,12 +26,13 @@ Examples:
   qmpsnap verify web --boot --cold --boot-within 3m
 
 \b
-Exit codes: 0 all is well; 2 usage; 3 no such snapshot, or --boot is not possible;
+Exit codes: 0 all is well; 2 usage; 3 no such snapshot, one that is not signed by a key
+that is trusted here, or --boot is not possible;
 4 it could not be looked at; 7 damaged data found, or a boot that failed; 130, 143.
 """
 
 
-@verb()
+@verb(insecure=True)
 async def verify(
     call: Call,
     vm: options.Vm,
@@ -91,7 +92,7 @@ async def verify(
 
     from qmpsnap.engine.boot import Trial
     from qmpsnap.engine.verify import Verified
-    from qmpsnap.errors import DamagedData, UsageError
+    from qmpsnap.errors import DamagedData, Untrusted, UsageError
 
     machine = call.machine(vm, reach=False)
     trial = None
@@ -114,7 +115,8 @@ async def verify(
         _show(call.out, found)
         damaged += [found] if found.findings else []
     if damaged:
-        raise DamagedData(
+        kind = Untrusted if all(one.untrusted for one in damaged) else DamagedData
+        raise kind(
             "; ".join(map(_counted, damaged)),
             hint=next((one.hint for one in damaged if one.hint), ""),
         )
@@ -125,7 +127,8 @@ def _show(out: Output, found: Verified) -> None:
         out.record(found)
         return
     if not found.findings:
-        out.line(f"{found.vm} {found.id}: {found.state}, all is well")
+        told = f"; {found.signature.words}" if found.signature else ""
+        out.line(f"{found.vm} {found.id}: {found.state}, all is well{told}")
     if found.boot is not None and not found.boot.problem:
         out.line(_seen(found.boot))
     for one in found.next:

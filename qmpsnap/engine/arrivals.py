@@ -26,6 +26,7 @@ from qmpsnap.store import files, local
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.layout import MANIFEST, LocalRoot
 from qmpsnap.store.manifest import Manifest, decode
+from qmpsnap.store.signature import Reason
 from qmpsnap.units import in_bytes
 
 _FOLDER = "arrivals"
@@ -40,7 +41,8 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
 
     *images*: the folder of the page images that are being filled, of the small stream, and of the
     manifest of the store half that *seal* is the digest of. *spare*: the descriptor in the process
-    of our end of its spare monitor.
+    of our end of its spare monitor. *insecure*: the reasons that were accepted for it not being
+    signed with a key that is trusted: they hold for all of its RAM.
     """
 
     format: Literal["qmpsnap-arrival"] = "qmpsnap-arrival"
@@ -54,6 +56,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     spare: int | None
     seal: str
     spooled: bool
+    insecure: list[Reason] = []
 
 
 class Arriving(msgspec.Struct, frozen=True, kw_only=True):

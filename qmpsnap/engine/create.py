@@ -120,6 +120,8 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
     """
     async with lock.held(roots.local.lock(machine.name), "create"):
         judged = await _judged(roots, machine.name)
+        # a key that cannot be used is no reason to find out when all has been taken
+        await asyncio.to_thread(roots.keyring.ready)
         async with met(roots, machine) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
             id = next_id(roots, machine)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,16 +41,18 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.reader import Reader, silent
-from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.roots import Roots, host_id, refuse_on_store
 from qmpsnap.engine.verify import Verified
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
-from qmpsnap.errors import MonitorAbsent, NotShipped, VmUnknown
+from qmpsnap.errors import MonitorAbsent, NotShipped, UsageError, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.monitor import connect
+from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.lease import Standing
 from qmpsnap.store.points import read as read_points
 from qmpsnap.store.remote import Store
+from qmpsnap.store.signature import reasons
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,12 @@ class Engine(Reader):
     as well, from where it comes back at once; with *ram_images_in* its pages lie in that folder.
     *lease*: for how many seconds a VM stays this host's on the store after its last work there.
     *ship_retry*: for how many seconds a delivery that gets no further is tried again.
+    *keys* is the folder of this host's keys; without, it is `.keys` on the local root. A store half
+    that none of them vouches for is refused, unless *insecure* names the reason: `unsigned`, or
+    `foreign` (signed with a key that is not trusted here).
     *report* is called with what is going on, bytes done, bytes in all.
+
+    Raises UsageError for another reason, StoreRefused for keys that would lie on the store.
     """
 
     def __init__(
@@ -77,18 +85,37 @@ class Engine(Reader):
         ram_images_in: Path | None = None,
         lease: float = LEASE,
         ship_retry: float = SHIP_RETRY,
+        keys: Path | None = None,
+        insecure: Collection[str] = (),
         report: Report = silent,
     ) -> None:
+        try:
+            accepted = reasons(insecure)
+        except ValueError as odd:
+            raise UsageError(f"insecure: {odd}") from odd
+        here, there = LocalRoot(local.absolute()), StoreRoot(store.absolute())
+        folder = keys.absolute() if keys else here.keys
+        refuse_on_store(folder, there.path)
         roots = Roots(
-            LocalRoot(local.absolute()),
-            Store(StoreRoot(store.absolute()), store_within),
+            here,
+            Store(there, store_within, trust=partial(Keyring(folder, host_id()).trust, accepted)),
             allow_local_store,
             ram_images,
             ram_images_in.absolute() if ram_images_in else None,
             lease,
             ship_retry,
+            folder if keys else None,
+            accepted,
         )
         super().__init__(roots, report)
+
+    @property
+    def keys(self) -> Keyring:
+        """The keys of this host: those that are trusted here, and the one that signs.
+
+        Its methods read and write files; call them in a thread.
+        """
+        return self.roots.keyring
 
     async def plan(self, machine: Machine, wishes: Wishes | None = None) -> Plan:
         """What `create` would do now, nothing done. Raises Refused."""

@@ -20,7 +20,7 @@ from qmpsnap.errors import BaseChanged, HalfMissing, LocalFailed, ManifestError,
 from qmpsnap.host import journal, qemu_img, qemu_nbd
 from qmpsnap.hypervisor.machine import registry
 from qmpsnap.shield import finish
-from qmpsnap.store import image, points
+from qmpsnap.store import image, points, signature
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.manifest import Disk, Image
 from qmpsnap.store.points import Point, Points
@@ -57,13 +57,14 @@ async def exported(
     """The disk *disk* (label, device, node or qdev) of a snapshot, served for the block.
 
     *revision* None is the newest. Without *socket* it is one in the VM's runtime folder. Only the
-    local half is looked at, so that a dead store keeps nobody from his files. `delete` refuses
-    the snapshot meanwhile.
+    local half is read, so that a dead store keeps nobody from his files; but where the store half
+    can be seen, somebody trusted has to vouch for it. `delete` refuses the snapshot meanwhile.
 
-    Raises SnapshotUnknown, UsageError for a disk or revision that is not there, HalfMissing and
-    BaseChanged for what is on disk, LocalFailed.
+    Raises SnapshotUnknown, Unsigned, Foreign, UsageError for a disk or revision that is not there,
+    HalfMissing and BaseChanged for what is on disk, LocalFailed.
     """
     entry = await find(roots, vm, word)
+    signature.refuse(entry.signature, f"{vm} {entry.id}")
     if not entry.local:
         raise HalfMissing(f"{vm} {entry.id}: {entry.why}")
     there = await asyncio.to_thread(points.read, roots.local, vm)

@@ -38,8 +38,10 @@ from qmpsnap.hypervisor.machine import spare
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.hypervisor.vmstate import migration, postcopy, source
 from qmpsnap.store import wire
+from qmpsnap.store.keyring import Trusting
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.remote import Store
+from qmpsnap.store.signature import Trust
 
 _TELL_EVERY = 0.1  # seconds
 _WRITE_EVERY = 0.5
@@ -54,7 +56,12 @@ class _Feeder:
         self._arrival = arrivals.read(Path(order.note))
         self._roots = Roots(
             LocalRoot(Path(order.local)),
-            Store(StoreRoot(Path(order.store)), order.within, command=order.command),
+            Store(
+                StoreRoot(Path(order.store)),
+                order.within,
+                command=order.command,
+                trust=_trusting(order.trust, self._arrival),
+            ),
         )
         self._told_at = 0.0
         self._now = (0, 0, "")
@@ -213,6 +220,15 @@ class _Feeder:
         if transport.is_closing() or (line.total and transport.get_write_buffer_size() > _UNHEARD):
             return
         self._ours.write(msgspec.json.encode(line) + b"\n")
+
+
+def _trusting(trust: Trust | None, arrival: arrivals.Arrival) -> Trusting | None:
+    """What is trusted all the while that RAM comes: also what whoever restored has accepted."""
+    if trust is None:
+        return None
+    accepted = dict.fromkeys([*trust.accepted, *arrival.insecure])
+    ours = Trust(keys=trust.keys, accepted=list(accepted))
+    return lambda: ours
 
 
 @contextmanager

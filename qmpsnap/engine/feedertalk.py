@@ -8,6 +8,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -26,6 +27,7 @@ from qmpsnap.errors import (
     StreamUnknown,
 )
 from qmpsnap.hypervisor.vmstate.session import Progress
+from qmpsnap.private import opener
 from qmpsnap.store import wire
 from qmpsnap.store.talk import environment
 
@@ -57,10 +59,11 @@ class Talk:
         self._log, self._reader, self._writer = log, reader, writer
 
     async def order(self, roots: Roots, note: Path, wire: int | None) -> None:
-        store = roots.store
+        store, trust = roots.store, await asyncio.to_thread(roots.trust)
         order = Order(
             note=str(note), local=str(roots.local.path), store=str(store.root.path),
             within=store.within, command=list(store.command), wire=wire,
+            trust=trust,
         )  # fmt: skip
         self._writer.write(msgspec.json.encode(order) + b"\n")
 
@@ -104,11 +107,15 @@ class Talk:
             self._writer.close()
 
 
+def _log(note: Path) -> BinaryIO:
+    return open(note.with_suffix(".log"), "ab", opener=opener)
+
+
 async def started(note: Path, lock: int, *, wire: int | None = None) -> Talk:
     """A feeder that waits for its order. It has the *lock*, and our end of the *wire*."""
     ours, theirs = socket.socketpair()
     try:
-        with theirs, note.with_suffix(".log").open("ab") as errors:
+        with theirs, _log(note) as errors:
             starting = await asyncio.create_subprocess_exec(
                 *_BEGIN,
                 *_FEEDER,

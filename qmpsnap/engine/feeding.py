@@ -130,6 +130,7 @@ def _arrival(
     return Arrival(
         id=pair.id, vm=pair.vm, folder=folder, images=filled, qmp=qmp,
         process=known, spare=process.spare, seal=pair.seal, spooled=pair.spooled,
+        insecure=list(pair.roots.insecure),
     )  # fmt: skip
 
 

@@ -61,6 +61,8 @@ async def _assessed(roots: Roots, vm: str, word: str, wish: Restoration) -> Asse
     pair = await open_pair(roots, await find(roots, vm, word))
     points = await asyncio.to_thread(read_points, roots.local, vm)
     found = Assessed(pair, wish)
+    if pair.signed is not None and pair.signed.verdict != "trusted":
+        found.differs("signature", f"{pair.signed.words}, and accepted as it is")
     with found.row("revision", str(pair.storage.revision), "there"):
         pair = replace(pair, storage=restoration.storage_of(pair, points, wish))
         found.pair = pair

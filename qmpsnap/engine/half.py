@@ -19,12 +19,12 @@ from qmpsnap.errors import (
     SnapError,
     StoreError,
 )
-from qmpsnap.store import files, filling, local, pack, ramhalf
+from qmpsnap.store import files, filling, local, pack, ramhalf, signature
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.filling import Filled, Span
-from qmpsnap.store.layout import MANIFEST
 from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
 from qmpsnap.store.shelf import Shelf
+from qmpsnap.store.signature import Signed
 from qmpsnap.store.wire import Problem, error
 
 
@@ -46,7 +46,10 @@ class Glanced:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both halves of a whole snapshot: *storage* and *manifest* name each other."""
+    """Both halves of a whole snapshot: *storage* and *manifest* name each other.
+
+    *signed*: who vouches for them; None where that was not asked for.
+    """
 
     roots: Roots
     vm: str
@@ -55,6 +58,7 @@ class Pair:
     manifest: Manifest
     seal: str
     spooled: bool
+    signed: Signed | None = None
 
     async def read(self, name: str) -> str:
         """The text of a small file of the store half, checked. Raises DamagedData, StoreError."""
@@ -251,16 +255,20 @@ def _unpack(path: Path, fd: int, ram: Ram, tell: files.Progress) -> None:
 
 
 async def open_pair(roots: Roots, entry: Entry) -> Pair:
-    """Both halves of *entry*. Raises HalfMissing with the reason when it is not whole."""
+    """Both halves of *entry*. Raises HalfMissing with the reason when it is not whole.
+
+    Raises Unsigned and Foreign for one that nobody vouches for, unless that is accepted.
+    """
+    signature.refuse(entry.signature, f"{entry.vm} {entry.id}")
     if entry.state not in {"paired", "shipping"}:
         raise HalfMissing(f"{entry.vm} {entry.id} is {entry.state}: {entry.why}")
     storage = await asyncio.to_thread(local.read_storage, roots.local, entry.vm, entry.id)
     if entry.state == "shipping":
-        path = roots.local.spool(entry.vm, entry.id) / MANIFEST
-        content = await asyncio.to_thread(files.read_small, path, side=LocalFailed)
-        manifest = decode(content, Manifest, path)
-        seal = files.digest_bytes(content)
-        return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=True)
+        trust = await asyncio.to_thread(roots.trust)
+        manifest, seal, signed = await asyncio.to_thread(
+            local.read_spooled, roots.local, entry.vm, entry.id, trust
+        )
+        return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=True, signed=signed)
     # what the store says now is believed only if it is what the local half noted when it shipped
     paired = await asyncio.to_thread(local.read_paired, roots.local, entry.vm, entry.id)
     if paired is None:
@@ -272,6 +280,9 @@ async def open_pair(roots: Roots, entry: Entry) -> Pair:
         raise HalfMissing(f"{path}: the store half is gone")
     if found.manifest_blake3 != paired.manifest_blake3:
         raise DigestMismatch(f"{path}: is not the manifest that was shipped")
+    signature.refuse(found.signed, str(path.parent))
     manifest = decode(found.manifest.encode(), Manifest, path)
     seal = paired.manifest_blake3
-    return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=False)
+    return Pair(
+        roots, entry.vm, entry.id, storage, manifest, seal, spooled=False, signed=found.signed
+    )

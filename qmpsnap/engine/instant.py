@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from qmpsnap import private
 from qmpsnap.engine import layers, room
 from qmpsnap.engine.capture import Captured, Report, Shot
 from qmpsnap.engine.debt import Debt
@@ -62,7 +63,8 @@ async def instant(
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(0o700, parents=True)
+        private.folders(folder.parent)
+        folder.mkdir(0o700)
     except OSError as failed:
         raise LocalFailed(f"{folder}: {failed.strerror}") from failed
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from qmpsnap import private
 from qmpsnap.engine.plan import PlannedDisk
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host import qemu_img
@@ -75,7 +76,7 @@ async def _make(disk: PlannedDisk) -> None:
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
+        private.folders(folder)
     except OSError as failed:
         raise LocalFailed(f"{folder}: {failed.strerror}") from failed
 

@@ -13,11 +13,13 @@ from qmpsnap.store.wire import Listing
 
 log = logging.getLogger(__name__)
 LATEST = "latest"
+_WHOLE = {"paired", "shipping", "untrusted"}
 
 
 async def entries(roots: Roots, vm: str | None = None) -> list[Entry]:
     """Both roots side by side. A store that does not answer leaves nothing called paired."""
-    looking = asyncio.to_thread(local.survey, roots.local, vm)
+    trust = await asyncio.to_thread(roots.trust)
+    looking = asyncio.to_thread(local.survey, roots.local, vm, trust=trust)
     here, there = await asyncio.gather(looking, _there(roots, vm))
     return join(here, there, host=host_id())
 
@@ -33,11 +35,12 @@ async def _there(roots: Roots, vm: str | None) -> Listing | None:
 async def find(roots: Roots, vm: str, word: str = LATEST) -> Entry:
     """The snapshot that *word* means: an ID, a unique beginning of one, or `latest`.
 
-    `latest` is the newest that is whole (paired or shipping). Raises SnapshotUnknown.
+    `latest` is the newest that is whole (paired or shipping), or would be so if it were trusted:
+    who takes a signature away does not make an older one be taken. Raises SnapshotUnknown.
     """
     there = await entries(roots, vm)
     if word == LATEST:
-        whole = [one for one in there if one.state in {"paired", "shipping"}]
+        whole = [one for one in there if one.state in _WHOLE]
         if not whole:
             raise SnapshotUnknown(f"{vm} has no whole snapshot")
         return whole[-1]

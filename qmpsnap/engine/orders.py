@@ -5,14 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from qmpsnap.store import wire
+from qmpsnap.store.signature import Trust
 
 GO = b"go\n"
 """The guest is let run."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What to bring: the *note* of an arrival, the two roots, and the descriptor of our end of the
-    migration; None: QEMU has lost its source, and is to take us for a new one."""
+    """What to bring: the *note* of an arrival, the two roots, whom to *trust*, and the descriptor
+    of our end of the migration; None: QEMU has lost its source, and is to take us for a new one."""
 
     note: str
     local: str
@@ -20,6 +21,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     within: float
     command: list[str]
     wire: int | None
+    trust: Trust | None
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

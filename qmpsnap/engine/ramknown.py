@@ -78,6 +78,9 @@ async def _newest_on_store(roots: Roots, store: Store, vm: str) -> list[Index]:
     for one in reversed((await store.catalogue(vm)).found):
         if one.manifest is None or one.manifest_blake3 is None:
             continue
+        if one.signed is not None and not one.signed.accepted:
+            log.warning("%s %s lends no RAM: %s", vm, one.id, one.signed.words)
+            continue
         try:
             manifest = decode(one.manifest.encode(), Manifest, Path(MANIFEST))
         except DamagedData as odd:

@@ -181,6 +181,12 @@ def ready(
         fetched={one.path for one in fetched},
     )
     relocated.notices.extend(_withheld(machine))
+    if wish.qemu is None and pair.signed is not None and pair.signed.verdict != "trusted":
+        raise Blocked(
+            f"{relocated.cmdline.binary} is named by a snapshot that nobody trusted has signed: "
+            "it is not run",
+            hint="`--qemu PATH` says which QEMU to run",
+        )
     binary = wish.qemu or Path(relocated.cmdline.binary)
     if not binary.exists():
         found = shutil.which(binary.name)

@@ -63,6 +63,7 @@ class Restored:
             "to": str(self.ready.wish.to),
             "moved": self.ready.relocated.moved,
             "notices": self.ready.notices,
+            "signature": pair.signed.verdict if pair.signed is not None else None,
             "limits": [msgspec.structs.asdict(one) for one in self.ready.limits],
             "groups": list(map(str, self.groups)),
         }

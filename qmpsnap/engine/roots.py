@@ -12,10 +12,12 @@ from qmpsnap.config import LEASE, SHIP_RETRY
 from qmpsnap.errors import LeaseHeld, LocalFailed, StoreRefused
 from qmpsnap.host import filesystem
 from qmpsnap.store import holder
+from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.lease import Claimant, in_words
 from qmpsnap.store.remote import Store
 from qmpsnap.store.separate import refuse_same
+from qmpsnap.store.signature import Reason, Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class Roots:
     or in *ram_images_in*, as a rule a folder in memory (tmpfs), if it has room. *lease*: for how
     many seconds a VM stays this host's on the store after the last that was heard of it there.
     *ship_retry*: for how many seconds a delivery that gets no further is tried again.
+
+    *keys*: the folder of this host's keys, if it is not on the local root. *insecure*: the reasons
+    for which a manifest need not be signed with one that is trusted.
     """
 
     local: LocalRoot
@@ -35,6 +40,20 @@ class Roots:
     ram_images_in: Path | None = None
     lease: float = LEASE
     ship_retry: float = SHIP_RETRY
+    keys: Path | None = None
+    insecure: tuple[Reason, ...] = ()
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys of this host."""
+        return Keyring(self.keys or self.local.keys, host_id())
+
+    def trust(self) -> Trust | None:
+        """What a manifest has to be signed with, for the store as for a spool; None: nothing.
+
+        Raises as `Keyring.trust`.
+        """
+        return self.store.trust() if self.store.trust is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +75,37 @@ async def judge(roots: Roots, own: str | None = None, *, dry: bool = False) -> J
     async with roots.store.lasting() as asked:
         store = await asked.examine()
         trial = refuse_same(local, store, allow_local=roots.allow_local_store)
+        if not trial and roots.keys is not None:
+            await asyncio.to_thread(_refuse_on, roots.keys, store.device)
         if own is not None:
             who = await claimant(roots, own)
             standing = await asked.own(own, who, "look" if dry else "take")
             if standing.holder is not None and not standing.ours:
                 raise LeaseHeld(f"{own} is not this host's on the store: {in_words(standing)}")
     return Judged(trial=trial, device=store.device, store=store)
+
+
+def refuse_on_store(keys: Path, store: Path) -> None:
+    """Raises StoreRefused when the folder *keys* is below the folder *store*, by their names.
+
+    The store is not looked at: it may hang.
+    """
+    for one in (keys, keys.resolve()):
+        if Path(os.path.normpath(one)).is_relative_to(os.path.normpath(store)):
+            raise _on_store(keys)
+
+
+def _refuse_on(keys: Path, device: int) -> None:
+    there = next(one for one in (keys, *keys.parents) if one.exists())
+    if there.stat().st_dev == device:
+        raise _on_store(keys)
+
+
+def _on_store(keys: Path) -> StoreRefused:
+    return StoreRefused(
+        f"the keys {keys} would lie on the store, whose files they are to vouch for",
+        hint="keep them on this host: `keys` of the configuration",
+    )
 
 
 def _local(path: Path) -> filesystem.Filesystem:

@@ -17,7 +17,8 @@ from qmpsnap.errors import LocalFailed, NotShipped, PacksMissing, SnapError, Sto
 from qmpsnap.host import lock
 from qmpsnap.host.priority import stoppable
 from qmpsnap.store import files, hurt, local, pages, ramindex, remaking, shared
-from qmpsnap.store.manifest import Paired
+from qmpsnap.store.layout import MANIFEST, SIGNATURE
+from qmpsnap.store.manifest import Manifest, Paired, decode
 from qmpsnap.store.ramindex import NAME as INDEX
 from qmpsnap.store.ramindex import Named
 from qmpsnap.store.wire import Shipped
@@ -38,6 +39,8 @@ class Delivered:
 
 async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
     """Deliver the sealed spool of one snapshot, note the pair, and remove the spool.
+
+    One that an older version has sealed is signed first, if it is what the local half goes with.
 
     Raises NotShipped with the reason; the spool is whole then. Safe to repeat after any crash.
     """
@@ -67,6 +70,7 @@ async def ship(roots: Roots, vm: str, id: str, report: Report) -> Delivered:
 
     async def tried() -> Shipped:
         judged = await judge(roots)
+        await asyncio.to_thread(_signed, roots, vm, id)
         try:
             return await sent(judged.device, {})
         except PacksMissing as lost:
@@ -113,6 +117,19 @@ async def _persistently(
             log.warning("%s; it is tried again in %g s", away, pause)
             await _sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _signed(roots: Roots, vm: str, id: str) -> None:
+    """The spool has a signature; our own if there was none. Raises LocalFailed, ManifestError."""
+    spool = roots.local.spool(vm, id)
+    if (spool / SIGNATURE).exists():
+        return
+    content = files.read_small(spool / MANIFEST, side=LocalFailed)
+    manifest = decode(content, Manifest, spool / MANIFEST)
+    if manifest.storage_blake3 != local.storage_digest(roots.local, vm, id):
+        return  # nothing here vouches for it
+    log.info("%s %s was taken by an older version: it is signed now", vm, id)
+    files.publish(spool / SIGNATURE, roots.keyring.sign(content), side=LocalFailed)
 
 
 def _to_replace(roots: Roots, vm: str) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from qmpsnap import private
 from qmpsnap.engine import configuration, ramstore, tpm, usage
 from qmpsnap.engine.capture import Captured, Report
 from qmpsnap.engine.copy import Copied
@@ -25,7 +26,7 @@ from qmpsnap.hypervisor.vmstate import sections
 from qmpsnap.hypervisor.vmstate.session import RamMode
 from qmpsnap.store import files, manifest
 from qmpsnap.store.image import examine_image
-from qmpsnap.store.layout import MANIFEST
+from qmpsnap.store.layout import MANIFEST, SIGNATURE
 from qmpsnap.store.manifest import (
     RAM_STORED_ONCE,
     Binding,
@@ -130,12 +131,13 @@ async def build(
     shared: Sequence[Shared] = (),
     held: tpm.Held | None = None,
 ) -> Manifest:
-    """Fill *folder* with the store half and seal it there. *raw* is stored, then deleted.
+    """Fill *folder* with the store half, sign and seal it there. *raw* is stored, then deleted.
 
     What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM;
     *lenders* are other VMs whose RAM need not be stored again.
 
-    Raises LocalFailed; what was written stays for the caller to remove.
+    Raises LocalFailed, and what `Keyring.sign` does; what was written stays for the caller to
+    remove.
     """
     if facts.reconciled is not None and captured.mode is not RamMode.NONE:
         networks = await asyncio.to_thread(sections.numbers, raw, "slirp")
@@ -187,18 +189,21 @@ async def build(
         packs=kept.packs,
         version=RAM_STORED_ONCE if kept.ram.index else 1,
     )
-    await asyncio.to_thread(files.publish, folder / MANIFEST, encode(manifest), side=LocalFailed)
+    content = encode(manifest)
+    signed = await asyncio.to_thread(roots.keyring.sign, content)
+    await asyncio.to_thread(files.publish, folder / SIGNATURE, signed, side=LocalFailed)
+    await asyncio.to_thread(files.publish, folder / MANIFEST, content, side=LocalFailed)
     return manifest
 
 
 async def _nvram(disk: Disk, path: Path) -> None:
-    await asyncio.to_thread(path.parent.mkdir, 0o700, parents=True, exist_ok=True)
+    await asyncio.to_thread(private.folders, path.parent)
     top = disk.chain[0]
     await qemu_img.convert(Path(top.path), top.format, path, "raw")
 
 
 def _small(path: Path, content: bytes) -> None:
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    private.folders(path.parent)
     files.publish(path, content, side=LocalFailed)
 
 

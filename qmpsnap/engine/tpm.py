@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from qmpsnap import spelling
+from qmpsnap import private, spelling
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import tpmstate
@@ -88,7 +88,7 @@ async def settled(held: Held | None) -> Held | None:
 def write(folder: Path, held: Held) -> list[str]:
     """`tpm.json` and the state, into the spool *folder*; the names. Raises LocalFailed."""
     content = held.state.content if held.state is not None else {}
-    (folder / FOLDER).mkdir(0o700, parents=True, exist_ok=True)
+    private.folders(folder / FOLDER)
     for name, data in content.items():
         files.publish(folder / FOLDER / name, data, side=LocalFailed)
     files.publish(folder / NAME, spelling.encode(held.facts), side=LocalFailed)

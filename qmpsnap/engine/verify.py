@@ -20,20 +20,24 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
     DamagedData,
+    Foreign,
     LocalFailed,
     MonitorAbsent,
     MonitorBusy,
     SnapError,
     SnapshotUnknown,
     StoreError,
+    Unsigned,
+    Untrusted,
     VmBusy,
     VmUnknown,
 )
 from qmpsnap.host.priority import in_background
 from qmpsnap.store import files, hurt, local, pages
 from qmpsnap.store.catalogue import Entry
-from qmpsnap.store.layout import MANIFEST, SHARED, STORAGE
+from qmpsnap.store.layout import MANIFEST, SHARED, SIGNATURE, STORAGE
 from qmpsnap.store.manifest import Manifest, Paired, decode
+from qmpsnap.store.signature import Signed
 
 log = logging.getLogger(__name__)
 _LOST = (
@@ -54,7 +58,7 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """*findings* is empty when all is well; *boot* is None when none was tried.
 
     *next* is empty where the VM was not asked. A bitmap that is no good is no damage: the next
-    copy is a full then.
+    copy is a full then. *signature*: who vouches for it; None where there is no manifest.
     """
 
     id: str
@@ -63,10 +67,18 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     findings: list[Finding]
     boot: Boot | None = None
     next: list[Next] = []
+    signature: Signed | None = None
+
+    @property
+    def untrusted(self) -> bool:
+        """Whether all that is wrong is that nobody vouches for it."""
+        return bool(self.findings) and all(one.where == SIGNATURE for one in self.findings)
 
     @property
     def hint(self) -> str:
         """What can be done about it."""
+        if self.untrusted and self.signature is not None:
+            return (Unsigned if self.signature.verdict == "unsigned" else Foreign).hint
         return _LOST if any(one.where.startswith(f"{SHARED}/") for one in self.findings) else ""
 
 
@@ -85,8 +97,9 @@ async def verify(
 
     A *machine* that answers is asked whether its bitmaps match the newest copies.
 
-    What is wrong comes back as findings; raises only when it cannot be looked at: StoreError,
-    LocalFailed, and Refused for a *trial* that this host or this snapshot does not allow.
+    What is wrong comes back as findings, also that nobody vouches for the store half, of which
+    nothing is read then. Raises only when it cannot be looked at: StoreError, LocalFailed, and
+    Refused for a *trial* that this host or this snapshot does not allow.
     """
     entry = await listing.find(roots, vm, word)
 
@@ -97,6 +110,8 @@ async def verify(
     pair: Pair | None = None
     try:
         pair = await open_pair(roots, entry)
+    except Untrusted as refused:
+        findings.append(Finding(where=SIGNATURE, what=str(refused)))
     except DamagedData as damaged:
         findings.append(Finding(where=entry.id, what=str(damaged)))
         findings += await _of_the_store(roots, entry)
@@ -124,6 +139,7 @@ async def verify(
         findings=findings,
         boot=seen,
         next=await _next(roots, machine),
+        signature=entry.signature,
     )
 
 

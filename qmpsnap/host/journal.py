@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from qmpsnap import private
 from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.host.filesystem import sync_dir
 from qmpsnap.ids import is_snapshot_id
@@ -84,7 +85,7 @@ class Journal:
         """
         entry = Entry(self._path(id))
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.folders(self.folder)
         except OSError as failed:
             raise LocalFailed(f"{self.folder}: {failed.strerror}") from failed
         entry._append(facts, os.O_CREAT | os.O_EXCL)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from qmpsnap import private
 from qmpsnap.errors import UNREADABLE, LocalFailed, VmBusy
 
 
@@ -76,7 +77,7 @@ def is_taken(path: Path) -> bool:
 
 def _open(path: Path) -> int:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.folders(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as failed:
         raise LocalFailed(f"{path}: {failed.strerror}") from failed

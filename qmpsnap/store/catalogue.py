@@ -11,16 +11,18 @@ import msgspec
 from qmpsnap.errors import ManifestError
 from qmpsnap.store.local import LocalFacts
 from qmpsnap.store.manifest import Level, Manifest, decode
+from qmpsnap.store.signature import Signed
 from qmpsnap.store.wire import Found, Listing
 
-State = Literal["paired", "shipping", "local only", "store only", "damaged"]
+State = Literal["paired", "shipping", "untrusted", "local only", "store only", "damaged"]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot as `list` shows it; what no readable half tells is None.
 
     *why* explains every state but `paired`. *local* and *spool* say that the folders are there;
-    *protected* that `prune` and `delete` leave it alone.
+    *protected* that `prune` and `delete` leave it alone. *untrusted* is what would be whole, and no
+    key vouches for that is trusted here. *signature* is None where there is no manifest.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     spool: bool
     host: str | None
     protected: bool = False
+    signature: Signed | None = None
 
 
 def join(local: Iterable[LocalFacts], store: Listing | None, *, host: str) -> list[Entry]:
@@ -65,6 +68,9 @@ def _entry(
         state, why = _unshipped(local, found, asked=asked)
     else:
         state, why = _both(local, manifest, found)
+    spooled = local.signed if local is not None else None
+    signed = found.signed if found is not None and found.signed is not None else spooled
+    state, why = _vouched(state, why, signed, waiting=found is None or found.signed is None)
     storage = local.storage if local is not None else None
     told = manifest or (local.spooled if local is not None else None)
     return Entry(
@@ -81,7 +87,21 @@ def _entry(
         spool=local is not None and local.spool,
         host=storage.host if storage else told.host if told else None,
         protected=local is not None and local.protected,
+        signature=signed,
     )
+
+
+def _vouched(state: State, why: str, signed: Signed | None, *, waiting: bool) -> tuple[State, str]:
+    """*state* in the light of who has signed; *waiting*: it is known of the spool only."""
+    if signed is None or signed.verdict == "trusted" or state in {"damaged", "local only"}:
+        return state, why
+    if state == "store only":
+        return state, f"{why}; {signed.words}"
+    if signed.accepted:
+        return state, "; ".join(filter(None, (why, f"{signed.words}, and accepted as it is")))
+    if waiting and signed.verdict == "unsigned":
+        return state, f"{why}; {signed.words}: `ship` signs it"
+    return "untrusted", signed.words
 
 
 def _manifest(found: Found | None) -> tuple[Manifest | None, str | None]:

@@ -19,10 +19,11 @@ from qmpsnap.errors import (
     LocalFailed,
     SnapError,
     StoreError,
+    Untrusted,
     UsageError,
 )
 from qmpsnap.ids import is_snapshot_id, is_vm_name
-from qmpsnap.store import ramhalf, shared, sweeping, wire
+from qmpsnap.store import ramhalf, shared, signature, sweeping, wire
 from qmpsnap.store.files import (
     Progress,
     Side,
@@ -39,12 +40,13 @@ from qmpsnap.store.files import (
     told,
 )
 from qmpsnap.store.filling import Filled
-from qmpsnap.store.layout import LEASE, MANIFEST, SHARED, StoreRoot, aside
+from qmpsnap.store.layout import LEASE, MANIFEST, SHARED, SIGNATURE, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
 from qmpsnap.store.pack import unpack_to_fd
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.shelf import Shelf
+from qmpsnap.store.signature import Signed, Trust
 from qmpsnap.store.sources import Sources
 
 _SMALL = 16 << 20
@@ -65,10 +67,12 @@ def ship(
 
     *guard*, here and below, raises when the VM is no longer ours: then no more is written.
 
-    A run that was broken off anywhere is made good by the next one.
+    The signature comes just before the manifest: what is sealed on the store is signed. A run that
+    was broken off anywhere is made good by the next one.
 
     Raises HalfMissing, ManifestError or DigestMismatch when the spool is not what it should be,
-    and StoreError, also when another half is sealed under this ID.
+    what `signature.checked` does for it, and StoreError, also when another half is sealed under
+    this ID.
     """
     spool = Path(request.spool)
     path = root.manifest(request.vm, request.id)
@@ -84,17 +88,22 @@ def ship(
         make_folders(dst.parent, root.path, side=StoreError)
         copy_verified(src, dst, entry, progress)
     guard()
+    if (signed := _signature(spool, side=LocalFailed)) is not None:
+        publish(path.with_name(SIGNATURE), signed, side=StoreError)
     publish(path, content, side=StoreError)
     _deliver(root, request, manifest, progress)  # what was aside before our folder could be seen
     brought = [*manifest.files, *(pack.entry for pack in manifest.packs if pack.fresh)]
-    size = sum(entry.bytes for entry in brought) + len(content)
+    size = sum(entry.bytes for entry in brought) + len(content) + len(signed or b"")
     return wire.Shipped(manifest_blake3=digest_bytes(content), bytes=size)
 
 
-def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listing:
+def catalogue(
+    root: StoreRoot, vm: str | None, progress: Progress, trust: Trust | None = None
+) -> wire.Listing:
     """All snapshot folders, of *vm* or of all VMs; what is not ours is named, and left alone.
 
-    Raises StoreError when the root itself cannot be read.
+    With *trust* each manifest comes with what its signature says. Raises StoreError when the root
+    itself cannot be read.
     """
     found: list[wire.Found] = []
     foreign: list[str] = []
@@ -106,7 +115,7 @@ def catalogue(root: StoreRoot, vm: str | None, progress: Progress) -> wire.Listi
             continue
         for id in _entries(root.vm(name)):
             if is_snapshot_id(id) and _is_folder(root.vm(name) / id):
-                found.append(_found(root, name, id))
+                found.append(_found(root, name, id, trust))
                 progress(len(found), 0, f"looking at {name}")
             elif id not in {SHARED, LEASE}:
                 foreign.append(f"{name}/{id}")
@@ -123,7 +132,7 @@ def verify(
     folder = root.snapshot(request.vm, request.id)
     try:
         _, manifest = _sealed(root, request)
-    except (DamagedData, StoreError) as failed:
+    except (DamagedData, StoreError, Untrusted) as failed:
         return [wire.Problem(file=MANIFEST, what=str(failed))]
     problems = []
     for entry in _plain(manifest):
@@ -135,7 +144,7 @@ def verify(
         with _shelf(root, request, None) as shelf:
             index = folder / manifest.ram.index
             problems += ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
-    listed = {MANIFEST, *(entry.name for entry in manifest.files)}
+    listed = {MANIFEST, SIGNATURE, *(entry.name for entry in manifest.files)}
     extra = sorted(set(_walk(folder, folder)) - listed)
     return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
 
@@ -335,22 +344,30 @@ def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress:
 
 def _sealed(root: StoreRoot, request: wire.Sealed) -> tuple[bytes, Manifest]:
     path = root.manifest(request.vm, request.id)
-    content, manifest = _manifest(path, request, side=StoreError)
-    if request.seal is not None and digest_bytes(content) != request.seal:
-        raise DigestMismatch(f"{path}: is not the manifest that the local half names (BLAKE3)")
-    return content, manifest
+    return _manifest(path, request, side=StoreError, seal=request.seal)
 
 
 def _manifest(
-    path: Path, request: wire.Half, *, side: type[StoreError] | type[LocalFailed]
+    path: Path, request: wire.Half, *, side: Side, seal: str | None = None
 ) -> tuple[bytes, Manifest]:
+    """The manifest, vouched for before a word of it is looked at, let alone what it names."""
     if not os.path.lexists(path):
         raise HalfMissing(f"{path}: {_GONE}")
     content = read_small(path, side=side, limit=_SMALL)
+    if seal is not None and digest_bytes(content) != seal:
+        raise DigestMismatch(f"{path}: is not the manifest that the local half names (BLAKE3)")
+    if request.trust is not None:
+        beside = path.with_name(SIGNATURE)
+        signature.checked(content, _signature(path.parent, side=side), request.trust, beside)
     manifest = decode(content, Manifest, path)
     if (manifest.vm, manifest.id) != (request.vm, request.id):
         raise DamagedData(f"{path}: is the manifest of {manifest.vm} {manifest.id}")
     return content, manifest
+
+
+def _signature(folder: Path, *, side: Side) -> bytes | None:
+    path = folder / SIGNATURE
+    return read_small(path, side=side, limit=_SMALL) if os.path.lexists(path) else None
 
 
 def _deliver(
@@ -400,18 +417,24 @@ def _path(root: StoreRoot, request: wire.Half, entry: FileEntry) -> Path:
     return here
 
 
-def _found(root: StoreRoot, vm: str, id: str) -> wire.Found:
+def _found(root: StoreRoot, vm: str, id: str, trust: Trust | None) -> wire.Found:
     path = root.manifest(vm, id)
     text, digest, problem = None, None, None
+    signed: Signed | None = None
     try:
         if os.path.lexists(path):
             content = read_small(path, side=StoreError, limit=_SMALL)
+            if trust is not None:
+                beside = _signature(path.parent, side=StoreError)
+                signed = signature.judged(content, beside, trust, path.with_name(SIGNATURE))
             text, digest = content.decode(), digest_bytes(content)
     except UnicodeDecodeError as failed:
         problem = f"{path}: is no text: {failed}"
     except SnapError as failed:
         problem = str(failed)
-    return wire.Found(vm=vm, id=id, manifest=text, manifest_blake3=digest, problem=problem)
+    return wire.Found(
+        vm=vm, id=id, manifest=text, manifest_blake3=digest, problem=problem, signed=signed
+    )
 
 
 def _walk(folder: Path, top: Path) -> Iterator[str]:

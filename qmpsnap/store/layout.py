@@ -11,6 +11,7 @@ from qmpsnap.ids import SnapshotId, is_snapshot_id, is_vm_name
 
 STORAGE = "storage.json"
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 PAIRED = "paired.json"
 IDENTITY = "identity.json"
 KEPT = "kept.json"
@@ -21,6 +22,7 @@ LEASE = "lease"
 RAM = "ram"
 PROTECTED = "protected"
 PARTIAL = ".partial"
+KEYS = ".keys"
 GOING = ".going"
 
 Id = SnapshotId | str
@@ -68,6 +70,11 @@ class LocalRoot(_Root):
     def rival(self, vm: str) -> Path:
         """What was seen of another host's lease of *vm*."""
         return self.vm(vm) / "rival.json"
+
+    @property
+    def keys(self) -> Path:
+        """The folder of this host's keys, unless it is elsewhere; no VM can be called so."""
+        return self.path / KEYS
 
     def lock(self, vm: str) -> Path:
         return self.vm(vm) / "lock"

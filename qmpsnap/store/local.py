@@ -8,6 +8,7 @@ import msgspec
 
 from qmpsnap.errors import DamagedData, HalfMissing, LocalFailed, ManifestError, SnapError
 from qmpsnap.ids import SnapshotId, is_snapshot_id
+from qmpsnap.store import signature
 from qmpsnap.store.files import (
     digest_bytes,
     make_folders,
@@ -16,14 +17,16 @@ from qmpsnap.store.files import (
     replace,
     told,
 )
-from qmpsnap.store.layout import KEPT, MANIFEST, PROTECTED, STORAGE, Id, LocalRoot
+from qmpsnap.store.layout import KEPT, MANIFEST, PROTECTED, SIGNATURE, STORAGE, Id, LocalRoot
 from qmpsnap.store.manifest import Manifest, Paired, Storage, decode, encode
+from qmpsnap.store.signature import Signed, Trust
 
 
 class LocalFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a host has of one snapshot; *storage* None: not sealed; *problem*: what is damaged.
 
-    *spool* tells that a spool folder is there, *spooled* is its manifest once it is sealed.
+    *spool* tells that a spool folder is there, *spooled* is its manifest once it is sealed;
+    *signed*: what its signature says, where that was asked for.
     """
 
     vm: str
@@ -34,6 +37,7 @@ class LocalFacts(msgspec.Struct, frozen=True, kw_only=True):
     spool: bool = False
     spooled: Manifest | None = None
     spooled_blake3: str | None = None
+    signed: Signed | None = None
     protected: bool = False
     problem: str | None = None
 
@@ -101,15 +105,33 @@ def last_id(root: LocalRoot, vm: str) -> list[SnapshotId]:
     return [SnapshotId(text)] if is_snapshot_id(text) else []
 
 
-def survey(root: LocalRoot, vm: str | None = None) -> list[LocalFacts]:
+def survey(
+    root: LocalRoot, vm: str | None = None, *, trust: Trust | None = None
+) -> list[LocalFacts]:
     """The local halves of *vm*, or of all VMs, oldest first; a damaged one says what is wrong.
+
+    With *trust* it is also judged who has signed what is in spools.
 
     Raises LocalFailed only when the folders themselves cannot be read.
     """
     with told(root.path, LocalFailed):
         names = root.vms() if vm is None else [vm]
         found = [(name, id) for name in names for id in root.ids(name) if _listed(root, name, id)]
-    return [_facts(root, name, str(id)) for name, id in found]
+    return [_facts(root, name, str(id), trust) for name, id in found]
+
+
+def read_spooled(
+    root: LocalRoot, vm: str, id: Id, trust: Trust | None
+) -> tuple[Manifest, str, Signed | None]:
+    """The manifest of a half that is in the spool, its BLAKE3, and who vouches for it.
+
+    Raises as `signature.checked`, before any of it is looked at; ManifestError, LocalFailed.
+    """
+    path = root.spool(vm, id) / MANIFEST
+    beside = path.with_name(SIGNATURE)
+    content = read_small(path, side=LocalFailed)
+    signed = signature.checked(content, _read(beside), trust, beside) if trust else None
+    return decode(content, Manifest, path), digest_bytes(content), signed
 
 
 def _listed(root: LocalRoot, vm: str, id: SnapshotId) -> bool:
@@ -117,7 +139,7 @@ def _listed(root: LocalRoot, vm: str, id: SnapshotId) -> bool:
     return root.storage(vm, id).exists() or not (root.snapshot(vm, id) / KEPT).exists()
 
 
-def _facts(root: LocalRoot, vm: str, id: str) -> LocalFacts:
+def _facts(root: LocalRoot, vm: str, id: str, trust: Trust | None) -> LocalFacts:
     facts = LocalFacts(
         vm=vm,
         id=id,
@@ -132,6 +154,10 @@ def _facts(root: LocalRoot, vm: str, id: str) -> LocalFacts:
         path = root.spool(vm, id) / MANIFEST
         content = _read(path)
         if content is not None:
+            if trust is not None:
+                beside = path.with_name(SIGNATURE)
+                signed = signature.judged(content, _read(beside), trust, beside)
+                facts = msgspec.structs.replace(facts, signed=signed)
             spooled = decode(content, Manifest, path)
             facts = msgspec.structs.replace(
                 facts, spooled=spooled, spooled_blake3=digest_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +13,14 @@ from msgspec import Meta, Struct
 
 from qmpsnap.ids import is_snapshot_id, is_vm_name
 from qmpsnap.store.head import readable, version_of
-from qmpsnap.store.layout import SHARED
+from qmpsnap.store.layout import MANIFEST, PARTIAL, SHARED, SIGNATURE
 
 Size = Annotated[int, Meta(ge=0)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Level = Literal["overlay", "full", "inc", "diff"]
 Version = Annotated[int, Meta(ge=1, le=1)]
+_LONGEST = 255 - len(PARTIAL)  # NAME_MAX: what is written has this behind it first
+_LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 RAM_STORED_ONCE = 2
 """The version of a manifest whose RAM lies in packs; without, it is 1, which older readers know."""
 
@@ -31,9 +34,11 @@ class FileEntry(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         parts = self.name.split("/")
+        if any(len(part.encode(errors="replace")) > _LONGEST for part in parts):
+            raise ValueError(f"a file name of more than {_LONGEST} bytes: {self.name[:40]!r}...")
         if any(part in ("", ".", "..") for part in parts) or not self.name.isprintable():
             raise ValueError(f"not a relative file name: {self.name!r}")
-        if parts == ["manifest.json"] or self.name.endswith(".partial"):
+        if self.name in {MANIFEST, SIGNATURE} or self.name.endswith(PARTIAL):
             raise ValueError(f"not a name for a listed file: {self.name!r}")
 
 
@@ -120,6 +125,9 @@ class Disk(Struct, frozen=True, kw_only=True):
     bytes_written: Size = 0
 
     def __post_init__(self) -> None:
+        _check_label(self.label)
+        for image in self.chain:
+            _check_label(image.format)  # it is what follows the dot
         if self.parent is not None:
             _check_point(self.parent)
 
@@ -194,6 +202,8 @@ class Merged(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_point(self.point)
+        for label in self.disks:
+            _check_label(label)
 
 
 class Digests(Struct, frozen=True, kw_only=True):
@@ -379,6 +389,12 @@ def _check_names(vm: str | None, id: str | None = None) -> None:
         raise ValueError(f"not a name for a VM: {vm!r}")
     if id is not None and not is_snapshot_id(id):
         raise ValueError(f"not a snapshot id: {id!r}")
+
+
+def _check_label(text: str) -> None:
+    """It becomes the name of a file."""
+    if _LABEL.fullmatch(text) is None:
+        raise ValueError(f"not a word for a disk: {text!r}")
 
 
 def _check_point(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
 from qmpsnap.store.filling import Filled, Span
+from qmpsnap.store.keyring import Trusting
 from qmpsnap.store.layout import Id, StoreRoot
 from qmpsnap.store.lease import Claimant, Standing
 from qmpsnap.store.ramindex import Named
@@ -28,14 +30,24 @@ class Store:
     *within* is the longest time, in seconds, without any progress: a worker that makes none is
     killed, and left behind if even that does not end it. Cancellation does the same at once.
 
+    *trust* says what a manifest has to be signed with, before anything that it names is read: its
+    public keys are all that the worker ever learns of the keys. None asks for no signature.
+
     Each verb raises StoreStalled then, StoreError for the store's own troubles, UsageError for a
-    name that is none, and what it says besides.
+    name that is none, and what it says besides; one that reads a manifest, SignatureWrong,
+    Unsigned and Foreign.
     """
 
     def __init__(
-        self, root: StoreRoot, within: float = 30.0, *, command: Sequence[str] = _WORKER
+        self,
+        root: StoreRoot,
+        within: float = 30.0,
+        *,
+        command: Sequence[str] = _WORKER,
+        trust: Trusting | None = None,
     ) -> None:
         self.root, self.within, self.command = root, within, tuple(command)
+        self.trust = trust
         self._talk: Talk | None = None
 
     async def examine(self) -> Filesystem:
@@ -261,7 +273,7 @@ class Store:
 
         The start of a process costs more than most verbs. After the block each has its own again.
         """
-        store = Store(self.root, self.within, command=self.command)
+        store = Store(self.root, self.within, command=self.command, trust=self.trust)
         store._talk = Talk(self.command, str(self.root.path), self.within)
         try:
             yield store
@@ -277,6 +289,9 @@ class Store:
         *,
         pass_fds: tuple[int, ...] = (),
     ) -> T:
+        if self.trust is not None:
+            trust = await asyncio.to_thread(self.trust)
+            request = msgspec.structs.replace(request, trust=trust)
         if self._talk is not None and not pass_fds:
             return understood(await self._talk.ask(request, on_progress), kind)
         talk = Talk(self.command, str(self.root.path), self.within, pass_fds=pass_fds)

@@ -10,26 +10,34 @@ from msgspec import Struct
 from qmpsnap.errors import (
     DamagedData,
     DigestMismatch,
+    Foreign,
     HalfMissing,
     LeaseHeld,
     LeaseLost,
     LocalFailed,
     ManifestError,
     PacksMissing,
+    SignatureWrong,
     SnapError,
     StoreAway,
     StoreError,
     StoreRefused,
+    Unsigned,
     UsageError,
 )
 from qmpsnap.store.lease import Claimant
 from qmpsnap.store.ramindex import Named
+from qmpsnap.store.signature import Signed, Trust
 
 
 class Request(Struct, frozen=True, kw_only=True, tag_field="verb", tag=str.lower):
-    """One request; *root* is the store root, and all of the store that is touched is below it."""
+    """One request; *root* is the store root, and all of the store that is touched is below it.
+
+    *trust*: the keys that a manifest has to be signed with; None: it is not asked for.
+    """
 
     root: str
+    trust: Trust | None = None
 
 
 class Examine(Request, frozen=True, kw_only=True):
@@ -213,13 +221,17 @@ class Shipped(Struct, frozen=True, kw_only=True):
 
 
 class Found(Struct, frozen=True, kw_only=True):
-    """A snapshot's folder on the store, its manifest unread; *problem*: it could not be had."""
+    """A snapshot's folder on the store, its manifest unread; *problem*: it could not be had.
+
+    *signed* is None where it was not asked for, or there is no manifest.
+    """
 
     vm: str
     id: str
     manifest: str | None
     manifest_blake3: str | None
     problem: str | None
+    signed: Signed | None = None
 
 
 class Listing(Struct, frozen=True, kw_only=True):
@@ -254,8 +266,8 @@ class Told(Exception):
 _KINDS = {
     kind("").code: kind
     for kind in (
-        DamagedData, DigestMismatch, HalfMissing, LeaseHeld, LeaseLost, LocalFailed, ManifestError,
-        StoreAway, StoreError, StoreRefused, UsageError,
+        DamagedData, DigestMismatch, Foreign, HalfMissing, LeaseHeld, LeaseLost, LocalFailed,
+        ManifestError, SignatureWrong, StoreAway, StoreError, StoreRefused, Unsigned, UsageError,
     )
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Examine():
             return examine_root(root)
         case wire.Catalogue(vm=vm):
-            return half.catalogue(root, vm, _progress)
+            return half.catalogue(root, vm, _progress, request.trust)
         case wire.Ship():
             _same_device(root, request.device)
             with _owned(root, request.vm, request.lease) as (progress, guard):

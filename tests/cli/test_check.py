@@ -57,7 +57,12 @@ class Kept:
             assert entry is not None
             entries.append(msgspec.structs.replace(entry, bytes=size, blake3=digest))
         path.unlink()
-        path.write_bytes(encode(msgspec.structs.replace(sealed, files=entries)))
+        self._seal(encode(msgspec.structs.replace(sealed, files=entries)))
+
+    def _seal(self, manifest: bytes) -> None:
+        (self.spool / "manifest.json").write_bytes(manifest)
+        signed = self.engine.roots.keyring.sign(manifest)
+        (self.spool / "manifest.sig").write_bytes(signed)
 
     @contextmanager
     def changed(self, name: str, content: bytes | None) -> Iterator[None]:
@@ -67,7 +72,7 @@ class Kept:
             yield
         finally:
             (self.spool / name).write_bytes(before)
-            (self.spool / "manifest.json").write_bytes(seal)
+            self._seal(seal)
 
     async def rows(self, **wish: Any) -> dict[str, Row]:
         """Those that are not ok; a restore of what blocks is refused, and leaves nothing."""

@@ -96,6 +96,7 @@ def test_the_example_configuration_is_one(tmp_path: Path) -> None:
         "lease",
         "ram_images",
         "ram_images_in",
+        "keys",
         "vm",
     }
     assert set(tomllib.loads(example)) == known

@@ -24,8 +24,9 @@ VERBS = [
     "ship",
 ]
 VERBS += ["lease", "delete", "prune", "protect", "unprotect", "recover", "thaw", "run"]
+KEYS = ["keys show", "keys export", "keys import", "keys rotate", "keys forget"]
 HEAVY = "qmpsnap.engine qmpsnap.hypervisor qmpsnap.store qmpsnap.host qmpsnap.config"
-HEAVY += " qemu psutil zstandard blake3 rich msgspec asyncio"
+HEAVY += " qemu psutil zstandard blake3 rich msgspec asyncio cryptography"
 _LOADED = """
 import sys
 from qmpsnap.cli.main import main
@@ -34,7 +35,9 @@ print(*sys.modules, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[], *(verb.split() for verb in (*VERBS, "keys", *KEYS))], ids=" ".join
+)
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     asked = [sys.executable, "-c", _LOADED, *words, "--help"]
     ran = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -44,9 +47,9 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     assert not loaded & set(HEAVY.split())
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *KEYS])
 async def test_help_of_each_verb_is_complete(program: Program, verb: str) -> None:
-    text = (await program.ok(verb, "--help")).out
+    text = (await program.ok(*verb.split(), "--help")).out
     options = text.partition("Options:\n")[2].partition("  -h, --help")[0]
     entries = re.findall(r"^  (-\S.*?)(?=^  -|\Z)", options, re.M | re.S)
     assert entries
@@ -61,7 +64,10 @@ async def test_help_of_each_verb_is_complete(program: Program, verb: str) -> Non
 async def test_the_first_help_lists_the_verbs_and_all_exit_codes(program: Program) -> None:
     text = (await program.ok("--help")).out
     listed = re.findall(r"^  (\w+) ", text.partition("Commands:\n")[2].partition("Exit")[0], re.M)
-    assert listed == VERBS
+    assert listed == [*VERBS, "keys"]
+    below = (await program.ok("keys", "--help")).out
+    listed = re.findall(r"^  (\w+) ", below.partition("Commands:\n")[2].partition("Exam")[0], re.M)
+    assert [f"keys {verb}" for verb in listed] == KEYS
     assert re.findall(r"^    (\d+) ", text, re.M) == ["0", "2", "3", "4", "5", "6", "7", "130"]
     assert (await program.ok()).out == text
 
@@ -85,6 +91,13 @@ async def test_shell_completion(program: Program) -> None:
     assert await completed("show", "") == ["mail", "web"]
     assert await completed("show", "w") == ["web"]
     assert await completed("show", "web", "2026") == ["20261122T165057123Z"]
+    assert await completed("keys", "im") == ["import"]
+    assert await completed("restore", "web", "--insecure", "") == ["unsigned", "foreign"]
+    assert await completed("keys", "forget", "") == []
+    (program.local / ".keys").mkdir()
+    (program.local / ".keys/retired-00112233aabbccdd.json").touch()
+    (program.local / ".keys/signing.json").touch()
+    assert await completed("keys", "forget", "00") == ["00112233aabbccdd"]
     config.write_text("local = ")
     assert await completed("show", "w") == []
     # without it typer asks which shell runs the tests, and a plain sh is none that it knows

@@ -13,7 +13,7 @@ import pytest
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Level, RamChoice, Wishes
-from qmpsnap.errors import BaseChanged, DamagedData
+from qmpsnap.errors import BaseChanged, DamagedData, Unsigned
 from qmpsnap.store import digests
 from qmpsnap.store.layout import LocalRoot
 from tests.rig.chained import GONE, INC, KEPT, MERGED, REVISION, SIZE, Chain
@@ -101,7 +101,7 @@ async def test_damage_is_named_and_nothing_is_restored_from_it(
     half = Path(made.store)
     names = below(half)
     ram = ["vmstate/ram.index", "vmstate/stream.zst"]
-    assert names == ["machine.json", "manifest.json", "usage.json", *ram]
+    assert names == ["machine.json", "manifest.json", "manifest.sig", "usage.json", *ram]
     packs = [one.blake3 for one in (await engine.show("web")).manifest.packs]
     assert packs
     for name in [*names, *packs]:
@@ -134,7 +134,7 @@ async def _named(engine: Engine, name: str) -> None:
 
 async def _not_restored(engine: Engine, to: Path, name: str) -> None:
     (entry,) = await engine.list("web")
-    with pytest.raises(DamagedData):
+    with pytest.raises((DamagedData, Unsigned)):
         async with back(engine, "web", Restoration(to), entry.id):
             pytest.fail(f"restored in spite of a harmed {name}")
     assert below(to) == []
@@ -146,7 +146,8 @@ OF_A_CHAIN = [
     *(f"local/web/{INC}/{name}" for name in ("storage.json", "digests.json")),
     *(f"local/web/{INC}/{REVISION}/{name}" for name in ("storage.json", "digests.json")),
     *(f"local/web/{one}/vda.qcow2" for one in (MERGED, KEPT, INC, f"{INC}/{REVISION}")),
-    *(f"store/web/{INC}/{name}" for name in ("machine.json", "usage.json", "manifest.json")),
+    *(f"store/web/{INC}/{name}" for name in ("machine.json", "usage.json")),
+    *(f"store/web/{INC}/{name}" for name in ("manifest.json", "manifest.sig")),
 ]
 
 

@@ -109,7 +109,7 @@ async def _whole(
     folder = f"{engine.roots.store.root.path.name}/web/{made.id}"
     there = server("sh", f"stat -c %s {folder}/{packed.name} && ls {folder}")
     assert there["out"].split() == [
-        str(packed.bytes), "machine.json", "manifest.json", "usage.json", "vmstate",
+        str(packed.bytes), "machine.json", "manifest.json", "manifest.sig", "usage.json", "vmstate",
     ]  # fmt: skip
     assert (await engine.verify("web")).findings == []
     await agrees(engine, "web", Restoration(short / "back"), before)

@@ -18,7 +18,8 @@ from qmpsnap.engine.roots import host_id
 from qmpsnap.ids import SnapshotId
 from qmpsnap.store import digests, increment, local, points
 from qmpsnap.store.image import examine_image
-from qmpsnap.store.layout import LocalRoot, StoreRoot
+from qmpsnap.store.keyring import Keyring
+from qmpsnap.store.layout import SIGNATURE, LocalRoot, StoreRoot
 from qmpsnap.store.manifest import Disk, FileEntry, Storage, encode
 from tests.rig.halves import manifest, paired
 
@@ -187,5 +188,6 @@ class Series:
         path = StoreRoot(self.store).manifest(VM, id)
         path.parent.mkdir(parents=True)
         (path.parent / "machine.json").write_bytes(text)
+        path.with_name(SIGNATURE).write_bytes(Keyring(self.root.keys, host_id()).sign(sealed))
         path.write_bytes(sealed)
         local.mark_paired(self.root, VM, paired(blake3(sealed).hexdigest(), id=id))

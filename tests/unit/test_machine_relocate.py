@@ -102,6 +102,9 @@ RULE_BY_RULE = {
         "-netdev tap,id=n,vhost=on,script=no,downscript=no"
     ),
     "-netdev bridge,id=n,br=b": "-netdev bridge,id=n,br=b",
+    # no program of the snapshot's choice is run, no code of its choice is loaded
+    "-netdev bridge,id=n,br=b,helper=/x": "-netdev bridge,id=n,br=b",
+    "-nic bridge,br=b,helper=/x -plugin file=/x.so": "-nic bridge,br=b",
     "-netdev socket,id=n,listen=:1": "-netdev hubport,hubid=1000,id=n",
     "-nic socket,listen=:1,model=e1000,mac=x": "-nic hubport,hubid=1000,model=e1000,mac=x",
     "-net nic -net socket,listen=:1": "-net nic",

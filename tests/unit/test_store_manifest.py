@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from qmpsnap.engine import configuration, tpm, usage
 from qmpsnap.errors import ManifestError
-from qmpsnap.store import holder, hurt, lease, moved, pages, rival, shared
+from qmpsnap.store import holder, hurt, keyfile, lease, moved, pages, rival, shared, signature
 from qmpsnap.store.manifest import (
     KINDS,
     Digests,
@@ -91,11 +91,24 @@ def test_no_manifest_at_all(content):
 @pytest.mark.parametrize(
     "name",
     ["", "/etc/passwd", "../a", "a/../../b", "a//b", "./a", "a/", "a\0b", "a\nb", "manifest.json",
-     "a.partial"],
+     "a.partial", "manifest.sig", "a" * 300, "a/" + "ä" * 130 + "/b"],
 )  # fmt: skip
 def test_names_that_lead_elsewhere(name):
     with pytest.raises(ValueError, match="name"):
         FileEntry(name=name, bytes=1, blake3=DIGEST)
+
+
+@pytest.mark.parametrize("label", ["", ".", "..", "../a", "a/b", "a\0", "a\n", "-o", "a" * 65])
+def test_labels_that_lead_elsewhere(label):
+    disk = storage().disks[0]
+    with pytest.raises(ValueError, match="not a word for a disk"):
+        msgspec.structs.replace(disk, label=label)
+    sealed = encode(storage()).replace(b'"vda"', msgspec.json.encode(label))
+    with pytest.raises(ManifestError, match="not a word for a disk"):
+        decode(sealed, Storage, HERE)
+    odd = encode(storage()).replace(b'"format": "qcow2"', b'"format": "../../x"')
+    with pytest.raises(ManifestError, match="not a word for a disk"):
+        decode(odd, Storage, HERE)
 
 
 @given(some.text())
@@ -145,7 +158,8 @@ def test_the_committed_schemas_are_current():
     folder = Path(__file__).parents[2] / "docs" / "schemas"
     others = configuration.schemas() | usage.schemas() | shared.schemas() | tpm.schemas()
     others |= moved.schemas() | pages.schemas() | hurt.schemas()
-    others |= lease.schemas() | holder.schemas() | rival.schemas()
+    others |= signature.schemas() | keyfile.schemas()
+    others |= holder.schemas() | lease.schemas() | rival.schemas()
     assert {path.stem for path in folder.glob("qmpsnap-*.json")} == {*KINDS, *others}
     for word, schema in (schemas() | others).items():
         assert json.loads((folder / f"{word}.json").read_text()) == schema, "run scripts/schemas"

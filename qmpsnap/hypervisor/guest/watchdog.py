@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qmpsnap.errors import Failed, LocalFailed
+from qmpsnap.private import opener
 from qmpsnap.shield import finish
 
 _TAKEN_WITHIN = 3.0  # seconds
@@ -113,7 +114,7 @@ class Watchdog:
 
 def _opened(log: Path) -> BinaryIO:
     try:
-        return log.open("ab")
+        return open(log, "ab", opener=opener)
     except OSError as failed:
         raise LocalFailed(f"{log}: {failed.strerror}") from failed
 

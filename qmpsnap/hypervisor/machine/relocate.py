@@ -224,10 +224,11 @@ RULES: dict[str, Rule] = {
                      "full-screen", "preconfig"), _drop),
     **dict.fromkeys(("runas", "chroot", "gdb", "s", "qtest", "qtest-log", "dump-vmstate",
                      "jitdump", "perfmap"), _leave_out),
+    "plugin": _leave_out,  # code that QEMU would load, and no part of the machine
     **dict.fromkeys(("snapshot", "add-fd", "xen-domid", "xen-attach", "xen-domid-restrict", "h",
                      "help", "version", "audio-help"), _block),
     **dict.fromkeys(direct.OPTIONS, parts.path),
-    **dict.fromkeys(("smbios", "acpitable", "fw_cfg", "plugin", "trace", "option-rom"),
+    **dict.fromkeys(("smbios", "acpitable", "fw_cfg", "trace", "option-rom"),
                     parts.fields_with_paths),
     **dict.fromkeys(("pidfile", "D"), parts.written),
     **dict.fromkeys(("serial", "parallel", "debugcon"), characters.line),

@@ -13,10 +13,11 @@ from qmpsnap.hypervisor.machine.relocation.scene import Scene
 
 _DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sock-fd"})
 _OUTSIDE = ("vhost-user-", "vhost-scsi", "vfio-", "usb-host", "usb-redir", "scsi-block",
-            "scsi-generic", "virtio-input-host", "x-pci-proxy", "ivshmem-doorbell")  # fmt: skip
+            "scsi-generic", "virtio-input-host", "x-pci-proxy", "ivshmem-doorbell",
+            "vhost-vdpa-device", "u2f-", "canokey", "ccid-card-emulated")  # fmt: skip
 _PERSISTENT = ("nvdimm", "virtio-pmem-pci")
 _OUTSIDE_OBJECTS = ("cryptodev-vhost-user", "x-remote-object", "x-vfio-user-server", "input-linux",
-                    "dbus-vmstate", "vhost-user-backend")  # fmt: skip
+                    "dbus-vmstate", "vhost-user-backend", "input-barrier")  # fmt: skip
 
 _FIRST_CID = 1 << 30  # beside those that anybody numbers by hand
 KEEPS_CID = "keeps its guest CID, which the original must not use any more"

@@ -53,7 +53,11 @@ def network(scene: Scene, index: int, option: Option) -> list[Option]:
         return [option_of(option.name, _fresh_tap(scene, fields, name))]
     if kind == "bridge":
         scene.note(f"{name}: {KEEPS_MAC}")
-        return [option]
+        if not fields.has("helper"):
+            return [option]
+        # QEMU runs it, and a command line from elsewhere is not to say what runs here
+        scene.note(f"{name}: left out helper; QEMU's own is run")
+        return [option_of(option.name, fields.without("helper"))]
     if kind not in _PEERS and (scene.incoming or kind not in _OTHER_PROCESSES):
         raise Blocked(f"{name}: a network of type {kind} cannot be given to a second machine")
     scene.note(f"{name}: was of type {kind}, now not connected")

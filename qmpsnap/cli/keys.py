@@ -1,0 +1,229 @@
+"""`qmpsnap keys`: whose snapshots are trusted on this host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmpsnap.cli.completion import keys
+from qmpsnap.cli.target import Call
+from qmpsnap.cli.verb import verb
+
+if TYPE_CHECKING:
+    from qmpsnap.cli.render import Output
+    from qmpsnap.store.keyring import Key
+
+ABOUT = """Show and change the keys that snapshots are signed with, and those that are trusted.
+
+Each host signs its snapshots with a key of its own, made when it takes the first one. It is in
+the folder `keys` of the configuration, else in .keys on the local root.
+"""
+EPILOG = """\b
+Examples:
+  qmpsnap keys show
+  qmpsnap keys export > here.key
+
+\b
+Exit codes: 0 done; 2 usage; 3 refused, nothing was changed; 4 failed; 7 a key is damaged.
+"""
+SHOW_EPILOG = """\b
+Examples:
+  qmpsnap keys show
+  qmpsnap keys show --json
+
+\b
+Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
+"""
+EXPORT_EPILOG = """\b
+Example:
+  qmpsnap keys export > here.key
+
+\b
+Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
+"""
+IMPORT_EPILOG = """\b
+Examples:
+  qmpsnap keys import there.key --dry-run
+  qmpsnap keys import there.key
+
+\b
+Exit codes: 0 done, or it was trusted already; 2 usage; 3 it is no public key, or somebody
+else may touch a key; 4 failed; 7 a key is damaged.
+"""
+ROTATE_EPILOG = """\b
+Examples:
+  qmpsnap keys rotate --dry-run
+  qmpsnap keys rotate
+
+\b
+Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
+"""
+FORGET_EPILOG = """\b
+Examples:
+  qmpsnap keys forget 0f3a --dry-run
+  qmpsnap keys forget 0f3a9c1e5b7d2468
+
+\b
+Exit codes: 0 done; 2 usage; 3 it is the key that signs, or no single key; 4 failed;
+7 a key is damaged.
+"""
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what would be done, and change nothing. Default: do it.",
+        show_default=False,
+    ),
+]
+
+app = typer.Typer(help=ABOUT, epilog=EPILOG, rich_markup_mode=None, no_args_is_help=False)
+
+
+@app.command("show", epilog=SHOW_EPILOG)
+@verb(sockets=False)
+async def show(call: Call) -> None:
+    """List the keys that are trusted: the one that signs, retired ones, those of other hosts.
+
+    The fingerprint is the BLAKE3 of the public key; the ID is its beginning.
+    """
+    import asyncio
+
+    known = await asyncio.to_thread(call.keyring().known)
+    if call.out.json:
+        for one in known:
+            call.out.record(one)
+        return
+    if not known:
+        call.out.notice("there is no key yet: the first `create` makes it, or `keys export`")
+        return
+    head = ("ID", "ROLE", "HOST", "CREATED", "FINGERPRINT", "FILE")
+    rows = [
+        [one.key, one.role, one.host, one.created_at, one.fingerprint, one.path] for one in known
+    ]
+    call.out.table(head, rows)
+
+
+@app.command("export", epilog=EXPORT_EPILOG)
+@verb(sockets=False)
+async def export(call: Call) -> None:
+    """Print the public half of the key that signs, for `keys import` on another host.
+
+    It is no secret; but who carries it has to see to it that it arrives as it was. The key is made
+    if there is none yet.
+    """
+    import asyncio
+
+    from qmpsnap.store import keyfile
+
+    public = await asyncio.to_thread(call.keyring().public)
+    if call.out.json:
+        call.out.record(public)
+    else:
+        call.out.line(keyfile.encode(public).decode().rstrip())
+
+
+@app.command("import", epilog=IMPORT_EPILOG)
+@verb(sockets=False)
+async def import_(
+    call: Call,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="What `keys export` printed there.", show_default=False
+        ),
+    ],
+    *,
+    dry_run: DryRun = False,
+) -> None:
+    """Trust the snapshots of another host: those that are signed with the key in FILE.
+
+    Its ID and fingerprint are printed: compare them with what `keys show` prints on that host.
+    """
+    import asyncio
+
+    ring = call.keyring()
+    content = await asyncio.to_thread(_read, file)
+    key = await asyncio.to_thread(ring.imported, content, file, dry_run=dry_run)
+    _tell(call.out, key, "would be trusted" if dry_run else "trusted")
+
+
+@app.command("rotate", epilog=ROTATE_EPILOG)
+@verb(sockets=False)
+async def rotate(call: Call, *, dry_run: DryRun = False) -> None:
+    """Sign with a new key from now on. The old one is retired: what it has signed stays trusted.
+
+    The secret half of the old one is gone then. Where somebody may have read it, `keys forget` ends
+    the trust in it as well, and with it in the snapshots that it has signed.
+    """
+    import asyncio
+
+    from qmpsnap.cli.shapes import Rotated
+
+    ring = call.keyring()
+    if dry_run:
+        known = await asyncio.to_thread(ring.known)
+        new, old = None, next((one for one in known if one.role == "signs"), None)
+    else:
+        new, old = await asyncio.to_thread(ring.rotate)
+    if call.out.json:
+        call.out.record(Rotated(signs=new, retired=old))
+        return
+    if new is not None:
+        call.out.line(f"{new.key} signs from now on; {new.path}")
+    if old is not None:
+        call.out.line(f"{old.key} {'would be' if dry_run else 'is'} retired")
+
+
+@app.command("forget", epilog=FORGET_EPILOG)
+@verb(sockets=False)
+async def forget(
+    call: Call,
+    id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID",
+            help="The key: its ID, or a unique beginning of it.",
+            autocompletion=keys,
+            show_default=False,
+        ),
+    ],
+    *,
+    dry_run: DryRun = False,
+) -> None:
+    """Trust a retired or an imported key no more: what it has signed is refused from then on.
+
+    The key that signs is not forgotten: `keys rotate` retires it first.
+    """
+    import asyncio
+
+    key = await asyncio.to_thread(call.keyring().forget, id, dry_run=dry_run)
+    _tell(call.out, key, "would be trusted no more" if dry_run else "trusted no more")
+
+
+def _tell(out: Output, key: Key, what: str) -> None:
+    if out.json:
+        out.record(key)
+        return
+    out.facts([
+        ("key", f"{key.key}: {what}"),
+        ("role", key.role),
+        ("host", key.host),
+        ("created", key.created_at),
+        ("fingerprint", key.fingerprint),
+    ])  # fmt: skip
+
+
+def _read(file: Path) -> bytes:
+    from qmpsnap.errors import KeyRefused
+
+    limit = 64 << 10
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(limit + 1)
+    except OSError as failed:
+        raise KeyRefused(f"{file}: {failed.strerror}") from failed
+    if len(content) > limit:
+        raise KeyRefused(f"not a public key: {file}: is larger than one")
+    return content
