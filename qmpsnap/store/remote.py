@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import msgspec
+
 from qmpsnap.host.filesystem import Filesystem
 from qmpsnap.store import wire
 from qmpsnap.store.files import Progress
