@@ -32,6 +32,7 @@ WORDS = (b"\0", b"\n", b"\r\n", b"\xff", b"\xff\xff\xff\xff", b"{", b"}", b"[", 
          b"9" * 5000, b"-", b":", b",", b"null", b"[" * 3000, b'{"a":' * 3000, b" " * 5000,
          b"NaN", b"Infinity", b"\x80", b"\x00\x00\x00\x00", b"\x7f\xff\xff\xff")  # fmt: skip
 DEEP = 2000
+_LONGEST = 1 << 20  # bytes: whoever reads a file of ours reads no more, or not much
 
 
 def tree(dice: Random, seed: Any) -> Any:
@@ -67,7 +68,7 @@ def content(dice: Random, seed: bytes, *, json_too: bool = False) -> bytes:
     """*seed* with some changes; with *json_too* half of them are of what it says."""
     if json_too and dice.random() < 0.6:
         try:
-            return dumped(dice, tree(dice, json.loads(seed)))
+            return dumped(dice, tree(dice, json.loads(seed)))[:_LONGEST]
         except (ValueError, RecursionError):
             pass
     for _ in range(dice.choice((1, 1, 2, 4))):

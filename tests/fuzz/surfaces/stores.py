@@ -126,7 +126,7 @@ def _leased(given: Tree, scratch: Path) -> object:
     laid(scratch, given)
     root, seen = StoreRoot(scratch / "store"), str(scratch / "rival.json")
     who = lease.Claimant(holder="us", host="x", term_s=60.0, seen=seen)
-    root.path.mkdir(exist_ok=True)
+    root.path.mkdir(parents=True, exist_ok=True)
     with suppress(SnapError):
         lease.in_words(lease.look(root, VM, who))
     return lease.take(root, VM, who)
