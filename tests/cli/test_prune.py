@@ -49,7 +49,7 @@ async def test_prune_from_the_first_look_to_the_end(program: Program, series: Se
 
     assert "not protected" in (await program.ok("unprotect", VM, names[1], *program.roots)).out
     assert (await program.ok(*rule, "--json")).records[0]["decision"] == "remove"
-    assert (await program.ok("verify", VM, *program.roots)).out.endswith("all is well\n")
+    assert (await program.ok("verify", VM, *program.roots)).out.count("all is well") == 1
 
 
 @pytest.mark.parametrize(
