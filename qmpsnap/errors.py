@@ -10,7 +10,7 @@ SnapError
  │   └─ Untrusted: Unsigned, Foreign
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
- │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong
+ │   ├─ CommandRefused, JobFailed, AgentError, PauseTooLong, FreezeTooLong
  │   ├─ MigrationFailed, LaunchFailed, LocalFailed, StreamUnknown
  │   └─ StoreError: StoreAway (StoreStalled), LeaseLost
  ├─ NotShipped (5)            captured; the spool holds the store half
@@ -174,6 +174,12 @@ class PauseTooLong(Failed):
     """The pause would be, or was, longer than --max-pause; the snapshot was given up."""
 
     hint = "allow more with --max-pause, or leave the RAM out with --ram none"
+
+
+class FreezeTooLong(Failed):
+    """The guest would have been frozen, or was, longer than --max-freeze; it was given up."""
+
+    hint = "allow more with --max-freeze, or go without a freeze: --quiesce none"
 
 
 class MigrationFailed(Failed):

@@ -76,6 +76,7 @@ async def create(
             show_default=False,
         ),
     ] = None,
+    max_freeze: options.MaxFreeze = "30s",
     pause: Annotated[
         str,
         typer.Option(metavar="TIME", help="The pause that `live` aims at, at most --max-pause."),
@@ -154,6 +155,7 @@ async def create(
         ram=choice("--ram", RamChoice, ram),
         quiesce=choice("--quiesce", Quiesce, quiesce),
         max_pause=None if max_pause is None else duration("--max-pause", max_pause),
+        max_freeze=duration("--max-freeze", max_freeze),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         note=note,
@@ -222,6 +224,7 @@ def _show_plan(out: Output, plan: Plan, wishes: Wishes) -> None:
         ("RAM", f"{', then '.join(mode.value for mode in plan.modes)} ({plan.why})"),
         ("quiesce", f"{'agent' if plan.freeze else 'none'} ({plan.freeze_why})"),
         ("max pause", bound),
+        ("max freeze", f"{plan.max_freeze:g} s" if plan.freeze else None),
         ("note", wishes.note or None),
     ])  # fmt: skip
     out.line()

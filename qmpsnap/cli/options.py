@@ -151,6 +151,15 @@ Insecure = Annotated[
     ),
 ]
 
+MaxFreeze = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="Longest time that the guest's file systems may be frozen, where they are, or it is "
+        "given up with the guest untouched.",
+    ),
+]
+
 ROOTS = {
     "config": (Config, None),
     "local": (Local, None),

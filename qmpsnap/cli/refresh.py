@@ -45,6 +45,7 @@ async def refresh(
             show_default=False,
         ),
     ] = None,
+    max_freeze: options.MaxFreeze = "30s",
     compress: options.Compress = False,
     speed_limit: options.SpeedLimit = None,
     metrics_file: MetricsFile = None,
@@ -64,7 +65,12 @@ async def refresh(
     out.expect_progress()
     async with metered(call, metrics_file, engine, vm, "refresh") as run:
         made = await engine.refresh(
-            machine, snapshot(id), copying=how, quiesce=wanted, max_pause=bound
+            machine,
+            snapshot(id),
+            copying=how,
+            quiesce=wanted,
+            max_pause=bound,
+            max_freeze=duration("--max-freeze", max_freeze),
         )
         run.pause_ms, run.frozen_ms, run.bytes = (
             made.pause_ms,

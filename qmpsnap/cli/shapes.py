@@ -63,6 +63,7 @@ class Planned(Struct, frozen=True, kw_only=True):
     quiesce: str
     quiesce_reason: str
     max_pause_ms: float | None
+    max_freeze_ms: float | None = None
     before: list[Command]
     at_the_instant: Command
 

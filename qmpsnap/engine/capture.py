@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.engine.plan import Plan
-from qmpsnap.errors import AgentError, IllegalMove, PauseTooLong
+from qmpsnap.errors import AgentError, FreezeTooLong, IllegalMove, PauseTooLong
 from qmpsnap.hypervisor.abilities import Abilities
 from qmpsnap.hypervisor.guest import quiesce
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
@@ -92,7 +92,9 @@ class Shot:
             await self._run(mode, session, last=last)
             return session.pause, None
         assert self.agent is not None
-        freezer = session.freezer = self.freezer = quiesce.Freezer(self.agent, self.watchdog)
+        freezer = session.freezer = self.freezer = quiesce.Freezer(
+            self.agent, self.watchdog, longest=self.plan.max_freeze
+        )
         async with quiesce.thawed_after(freezer):
             try:
                 if mode is not RamMode.LIVE:
@@ -110,7 +112,10 @@ class Shot:
                 f"frozen were {freezer.state.count} file systems, thawed {freezer.state.thawed}: "
                 "somebody thawed the guest meanwhile"
             )
-        return session.pause, freezer.state.milliseconds
+        longest, took = self.plan.max_freeze, freezer.state.milliseconds
+        if took > longest * 1000:
+            raise FreezeTooLong(f"the guest was frozen {took:.0f} ms, more than {longest * 1000:g}")
+        return session.pause, took
 
     async def _run(self, mode: RamMode, session: Session, *, last: bool) -> None:
         if mode is RamMode.NONE:

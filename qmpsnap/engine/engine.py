@@ -46,6 +46,7 @@ from qmpsnap.engine.verify import Verified
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
 from qmpsnap.errors import MonitorAbsent, NotShipped, UsageError, VmUnknown
 from qmpsnap.host import lock
+from qmpsnap.hypervisor.guest.quiesce import MAX_FREEZE
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import LocalRoot, StoreRoot
@@ -261,6 +262,7 @@ class Engine(Reader):
         copying: Copying | None = None,
         quiesce: Quiesce = Quiesce.AUTO,
         max_pause: float | None = None,
+        max_freeze: float = MAX_FREEZE,
     ) -> refresh.Refreshed:
         """Make a new revision of the local half of one snapshot; its store half stays as it is.
 
@@ -274,6 +276,7 @@ class Engine(Reader):
             copying=copying,
             quiesce=quiesce,
             max_pause=max_pause,
+            max_freeze=max_freeze,
         )
 
     async def prune(

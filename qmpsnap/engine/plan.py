@@ -78,7 +78,8 @@ class PlannedDisk:
 class Plan:
     """One snapshot, decided. *modes* are tried in this order; *why* says how they were chosen.
 
-    *freeze*: the agent freezes the guest. *max_pause* in seconds, None for no bound.
+    *freeze*: the agent freezes the guest, for *max_freeze* seconds at most. *max_pause* in seconds,
+    None for no bound.
     """
 
     id: SnapshotId
@@ -93,6 +94,7 @@ class Plan:
     freeze_why: str
     running: bool
     max_pause: float | None
+    max_freeze: float
     pause: float
     budget: float
     ram_bytes: int
@@ -118,6 +120,7 @@ class Plan:
             "quiesce": "agent" if self.freeze else "none",
             "quiesce_reason": self.freeze_why,
             "max_pause_ms": None if self.max_pause is None else self.max_pause * 1000,
+            "max_freeze_ms": self.max_freeze * 1000 if self.freeze else None,
             "before": [
                 {"execute": "blockdev-add", "arguments": disk.overlay.wire()} for disk in self.disks
             ],
@@ -164,6 +167,7 @@ def plan(
         freeze_why=freeze_why,
         running=facts.state is RunState.RUNNING,
         max_pause=bound,
+        max_freeze=wishes.max_freeze,
         pause=wishes.pause if bound is None else min(wishes.pause, bound * 0.5),
         budget=wishes.budget,
         ram_bytes=facts.ram_bytes,

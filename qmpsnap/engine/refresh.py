@@ -20,6 +20,7 @@ from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.wishes import Copying, Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import HalfMissing, SnapshotUnknown
 from qmpsnap.host import lock
+from qmpsnap.hypervisor.guest.quiesce import MAX_FREEZE
 from qmpsnap.ids import SnapshotId
 from qmpsnap.shield import finish
 from qmpsnap.store import identity, local
@@ -56,6 +57,7 @@ async def refresh(
     copying: Copying | None = None,
     quiesce: Quiesce = Quiesce.AUTO,
     max_pause: float | None = None,
+    max_freeze: float = MAX_FREEZE,
 ) -> Refreshed:
     """Make the next revision of the local half of the snapshot that *word* means.
 
@@ -74,6 +76,7 @@ async def refresh(
                 ram=RamChoice.NONE,
                 quiesce=quiesce,
                 max_pause=max_pause,
+                max_freeze=max_freeze,
                 include=tuple(disk.device for disk in first.storage.disks),
                 copying=copying,
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from qmpsnap.hypervisor.guest.quiesce import MAX_FREEZE
+
 
 class Level(StrEnum):
     AUTO = "auto"
@@ -41,16 +43,17 @@ class Wishes:
     """One snapshot's options, as on the command line.
 
     *max_pause* in seconds: None is 0.2 for every RAM choice but `paused`, which has no bound
-    then. *pause* is what `live` aims at, *budget* the seconds that its passes after the first
-    get. *include* empty is every disk; disks go by device id, drive id or node name.
-    *ram_from* are other VMs of the store: what their newest snapshots have of its RAM is not stored
-    again.
+    then; *max_freeze*, too: for so long the agent may keep the guest frozen. *pause* is what `live`
+    aims at, *budget* the seconds that its passes after the first get. *include* empty is every
+    disk; disks go by device id, drive id or node name. *ram_from* are other VMs of the store: what
+    their newest snapshots have of its RAM is not stored again.
     """
 
     level: Level = Level.AUTO
     ram: RamChoice = RamChoice.AUTO
     quiesce: Quiesce = Quiesce.AUTO
     max_pause: float | None = None
+    max_freeze: float = MAX_FREEZE
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     note: str = ""

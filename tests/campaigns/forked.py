@@ -89,7 +89,8 @@ def _main(job: Job, saying: Connection) -> None:
     if job.margin is not None:
         session.MARGIN = job.margin
     if job.longest is not None:
-        quiesce._LONGEST = job.longest
+        # so soon that the watchdog, and not the engine's own bound, ends the freeze
+        quiesce._MARGIN = job.longest - quiesce.MAX_FREEZE
     eye = Eye(job.strike)
     engine = Engine(job.local, job.store, allow_local_store=True)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.wishes import Level, Quiesce, RamChoice
-from qmpsnap.errors import AgentError, Blocked, QemuGone
+from qmpsnap.errors import AgentError, Blocked, FreezeTooLong, QemuGone
 from qmpsnap.hypervisor import agent as door
 from tests.faults import child
 from tests.faults.bench import Bench, bench, wishes
@@ -141,6 +143,33 @@ async def test_a_guest_that_somebody_else_thawed_meanwhile_gives_no_snapshot(
         assert it.wire.happened.is_set()
         assert it.chains() == before
         assert await it.all_is_well() == set()
+
+
+def _passed(never: threading.Event, seconds: float) -> None:
+    never.wait(seconds)
+
+
+async def test_a_freeze_that_would_last_too_long_is_given_up(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        before = it.chains()
+        with fake_agent(short / "ga") as agent:
+            machine = _machine(it, agent.path)
+            never = threading.Event()
+            # a transaction whose answer takes three seconds
+            it.wire.arm(Fault("transaction", held=True, then=lambda: _passed(never, 3)))
+            it.wire.release()
+            with pytest.raises(FreezeTooLong, match="longer than 2 s") as told:
+                await it.engine().create(machine, replace(_FREEZE, max_freeze=2))
+            assert told.value.exit_code == 4
+            assert it.wire.happened.is_set()
+            assert agent.status == "thawed"
+            assert "guest-fsfreeze-thaw" in agent.heard
+            assert await it.all_is_well() == set()
+            assert it.chains() == before
+            made = await it.engine().create(machine, replace(_FREEZE, max_freeze=20))
+        assert await it.all_is_well() == {made.id}
 
 
 @pytest.mark.parametrize("verb", ["create", "refresh"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,7 +289,8 @@ async def test_every_page_comes(short: Path, store: Path, monkeypatch: pytest.Mo
             for _ in range(2):
                 await seen(lambda: bringers(scene.local) == [])
                 trouble = json.loads((short / "to3" / STATUS).read_text())["trouble"]
-                assert "another chunk" in trouble
+                # which of the two depends on what the bit is in zstd's frame
+                assert re.search("another chunk|cannot be unpacked", trouble)
                 async with asyncio.timeout(20):  # QEMU sees a moment later that its source has gone
                     while await _status(back) != "postcopy-paused":
                         pass

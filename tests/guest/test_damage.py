@@ -172,7 +172,10 @@ async def test_a_chain_without_damage(chain: Engine, short: Path) -> None:
     files = {str(path.relative_to(short)) for path in (short / "local").rglob("*.*")}
     there = {name for name in files if name.endswith((".json", ".qcow2", ".raw"))}
     there |= {f"store/{name}" for name in below(short / "store")}
-    assert there - set(OF_A_CHAIN) == {f"local/web/{INC}/paired.json"}
+    beside = {f"local/web/{INC}/paired.json", "local/host.json", "local/.keys/signing.json"}
+    leases = {name for name in there if name.startswith("store/web/lease/")}
+    assert there - set(OF_A_CHAIN) == beside | leases
+    assert len(leases) == 1
 
 
 @pytest.mark.parametrize("name", OF_A_CHAIN)

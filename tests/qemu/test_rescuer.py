@@ -177,10 +177,10 @@ def _over(eye: Witness) -> bool:
 async def test_a_hung_engine_that_holds_the_agents_socket_is_cut_off_there(
     when: str, machine: Running, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quiesce, "_LONGEST", 1.0)
+    monkeypatch.setattr(quiesce, "_MARGIN", 0.5)
     with fake_agent(short / "ga") as agent, witness(machine.witness) as eye:
         async with _dying(machine, short / "log", agent=agent.path) as (_, dog):
-            await quiesce.Freezer(agent.path, dog).freeze()
+            await quiesce.Freezer(agent.path, dog, longest=0.5).freeze()
             agent.deaf = when == "before"
             hanging = asyncio.create_task(_hang(agent.path, dog))
             # the agent's socket serves one client, and that is us

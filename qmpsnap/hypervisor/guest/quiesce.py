@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpsnap.errors import AgentError, Blocked, GuestStillFrozen
+from qmpsnap.errors import AgentError, Blocked, FreezeTooLong, GuestStillFrozen
 from qmpsnap.hypervisor import agent as door
 from qmpsnap.hypervisor.guest.watchdog import Debt, Watchdog
 from qmpsnap.shield import finish
 
-_LONGEST = 40.0  # seconds that a guest stays frozen before the watchdog thaws it
+MAX_FREEZE = 30.0  # seconds that a guest may be frozen, unless somebody says otherwise
+_MARGIN = 10.0  # seconds past which the watchdog takes the engine for hung
 
 
 @dataclass(slots=True)
@@ -34,13 +36,21 @@ class Frozen:
 class Freezer:
     """Freeze and thaw of one guest; a thaw is owed from the moment that freeze is sent.
 
-    With a *watchdog* that knows of it too: no guest stays frozen longer than _LONGEST seconds.
+    It may be frozen for *longest* seconds, which `thawed_after` sees to, and the *watchdog* a while
+    later. An answer of the agent may take *within* seconds.
     """
 
     def __init__(
-        self, path: Path, watchdog: Watchdog | None = None, *, within: float = 10.0
+        self,
+        path: Path,
+        watchdog: Watchdog | None = None,
+        *,
+        longest: float = MAX_FREEZE,
+        within: float = 10.0,
     ) -> None:
         self._path, self._watchdog, self._within = path, watchdog, within
+        self.longest = longest
+        self.timer: asyncio.Timeout | None = None
         self._debts = AsyncExitStack()
         self._debt: Debt | None = None
         self.state = Frozen()
@@ -52,9 +62,11 @@ class Freezer:
             if await agent.execute("guest-fsfreeze-status") != "thawed":
                 raise Blocked("the guest is frozen already, by somebody else")
             if self._watchdog is not None:
-                owing = self._watchdog.owing("thaw", within=_LONGEST)
+                owing = self._watchdog.owing("thaw", within=self.longest + _MARGIN)
                 self._debt = await self._debts.enter_async_context(owing)
             self.owed, self.state.since = True, time.monotonic()
+            # a tenth is kept back for the way from there to the thaw
+            self._ends(asyncio.get_running_loop().time() + self.longest * 0.9)
             self.state.count = await agent.count("guest-fsfreeze-freeze", within=self._within)
         if self.state.count == 0:
             raise AgentError("the guest agent found no file system that it could freeze")
@@ -84,17 +96,34 @@ class Freezer:
 
     async def _settled(self) -> None:
         self.owed = False
+        self._ends(None)
         if self._debt is not None:
             self._debt.settled = True
         await self._debts.aclose()
 
+    def _ends(self, at: float | None) -> None:
+        if self.timer is not None and not self.timer.expired():
+            self.timer.reschedule(at)
+
 
 @asynccontextmanager
 async def thawed_after(freezer: Freezer) -> AsyncIterator[Freezer]:
-    """Whatever the block froze is thawed when it ends, cancelled or not."""
+    """Whatever the block froze is thawed when it ends, cancelled or not.
+
+    Raises FreezeTooLong when it ends because the guest may not be frozen any longer.
+    """
+    freezer.timer = timer = asyncio.timeout(None)
     try:
-        yield freezer
+        async with timer:
+            yield freezer
+    except TimeoutError as late:
+        if not timer.expired():
+            raise
+        raise FreezeTooLong(
+            f"the guest would have been frozen longer than {freezer.longest:g} s"
+        ) from late
     finally:
+        freezer.timer = None
         if freezer.owed:
             await finish(freezer.thaw(), within=60)
 
