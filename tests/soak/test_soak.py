@@ -48,12 +48,14 @@ async def _fooled(ground: Plot, promises: Promises, id: str) -> None:
     manifest.write_bytes(content + b"\n")
     with pytest.raises(Broken, match="is not what it was"):
         await promises.snapshots()
+    other = ground.home / "of-no-snapshot"
+    other.write_bytes(b"x")
     with pytest.raises(Broken, match="ended with 7"):
         await promises.verifies(id)
     manifest.write_bytes(content)
     await promises.snapshots()
     with pytest.raises(Broken, match=r"was changed, and .* ended with 0"):
-        await promises.damage_is_found(id, ground.home / "qmpsnap.toml", 0)
+        await promises.damage_is_found(id, other, 0)
     async with ground.console() as console:
         await console.run("fsfreeze -f /data/0", within=30)
     with pytest.raises(Broken, match="is it frozen"):
