@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.rig.qemu import VERSIONS, binaries, binary
@@ -57,3 +58,10 @@ def memory() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="qs", dir="/dev/shm"))
     yield path / "images"
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """The processes that the test has begun and that are there; not those of tests before it."""
+    before = set(psutil.Process().children())
+    return lambda: [one for one in psutil.Process().children() if one not in before]

@@ -10,7 +10,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from qmpsnap.errors import (
@@ -121,14 +120,14 @@ PROGRESS = 6  # three files, each copied and read back
 
 
 @pytest.mark.parametrize("at", range(1, PROGRESS + 2))  # one past the end: never killed
-async def test_a_shipment_killed_anywhere_is_made_good(store, local, spool, at):
+async def test_a_shipment_killed_anywhere_is_made_good(store, local, spool, at, children):
     seen = 0
 
     def kill(*_: object) -> None:
         nonlocal seen
         seen += 1
         if seen == at:
-            for child in psutil.Process().children():
+            for child in children():
                 child.send_signal(signal.SIGKILL)
 
     with suppress(StoreError):
@@ -337,27 +336,27 @@ async def test_catalogue_names_what_is_not_ours(store, shipped):
     assert (await store.catalogue("web")).found == listing.found
 
 
-async def test_a_silent_store_is_left(root, spool):
+async def test_a_silent_store_is_left(root, spool, children):
     with pytest.raises(StoreStalled, match=r"no progress for 0\.3 s"):
         await Store(root, within=0.3, command=SILENT).ship(spool, "web", ID)
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
-async def test_a_store_that_stops_in_the_middle_is_left(root, local, spool):
+async def test_a_store_that_stops_in_the_middle_is_left(root, local, spool, children):
     def stop(*_: object) -> None:
-        for child in psutil.Process().children():
+        for child in children():
             child.send_signal(signal.SIGSTOP)
 
     store = Store(root, within=2.0)
     with suppress(StoreStalled):
         await store.ship(spool, "web", ID, on_progress=stop)
-    assert psutil.Process().children() == []
+    assert children() == []
     assert await state(store, local) == "shipping"
     await Store(root).ship(spool, "web", ID)
     assert await Store(root).verify("web", ID) == []
 
 
-async def test_cancelled_at_once(root, spool):
+async def test_cancelled_at_once(root, spool, children):
     os.mkfifo(root.path / "started")
     script = f"open({str(root.path / 'started')!r}, 'w').close(); import sys; sys.stdin.read()"
     silent = Store(root, within=60, command=[sys.executable, "-c", script])
@@ -366,7 +365,7 @@ async def test_cancelled_at_once(root, spool):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 5)
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 async def test_a_worker_that_breaks_says_so(root):

@@ -56,6 +56,7 @@ def test_a_good_run() -> None:
     assert samples(text(run, there)) == {
         ("qmpsnap_snapshots", "paired", "web"): 2,
         ("qmpsnap_snapshots", "shipping", "web"): 1,
+        ("qmpsnap_snapshots", "untrusted", "web"): 0,
         ("qmpsnap_snapshots", "local only", "web"): 0,
         ("qmpsnap_snapshots", "store only", "web"): 0,
         ("qmpsnap_snapshots", "damaged", "web"): 0,

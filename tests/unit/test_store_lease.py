@@ -285,13 +285,13 @@ async def test_a_host_that_has_not_the_lease_ships_nothing_and_keeps_its_spool(
 
 
 async def test_a_holder_that_was_killed_blocks_until_its_lease_ends(
-    tmp_path: Path, root: StoreRoot
+    tmp_path: Path, root: StoreRoot, children: Callable[[], list[psutil.Process]]
 ) -> None:
     one, two = roots(tmp_path, root, "one"), roots(tmp_path, root, "two")
     first, _ = spooled(one.local), spooled(two.local, id=LATER)
 
     def kill(*_: object) -> None:
-        for child in psutil.Process().children():
+        for child in children():
             child.send_signal(signal.SIGKILL)
 
     with pytest.raises(StoreError):
