@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
@@ -294,8 +295,12 @@ async def test_a_holder_that_was_killed_blocks_until_its_lease_ends(
         for child in children():
             child.send_signal(signal.SIGKILL)
 
+    # it never comes to its end, however late the signal is
+    script = "import time; from qmpsnap.store import half, worker"
+    endless = f"{script}; half.publish = lambda *_, **__: time.sleep(60); worker.main()"
+    store = Store(root, within=20, command=[sys.executable, "-P", "-c", endless])
     with pytest.raises(StoreError):
-        await one.store.ship(first, "web", ID, lease=await claimant(one, "web"), on_progress=kill)
+        await store.ship(first, "web", ID, lease=await claimant(one, "web"), on_progress=kill)
     assert (await ship_all(two, "web", quiet))[0] == []
     aged(root, TERM + 1)
     assert len((await ship_all(two, "web", quiet))[0]) == 1
