@@ -57,6 +57,6 @@ async def _fooled(ground: Plot, promises: Promises, id: str) -> None:
     with pytest.raises(Broken, match=r"was changed, and .* ended with 0"):
         await promises.damage_is_found(id, other, 0)
     async with ground.console() as console:
-        await console.run("fsfreeze -f /data/0", within=30)
+        await console.run("fsfreeze --freeze /data/0", within=30)
     with pytest.raises(Broken, match="is it frozen"):
         await promises.the_guest_is_sound(within=3)
