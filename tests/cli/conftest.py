@@ -109,8 +109,8 @@ def line(*words: object) -> list[str]:
     return [sys.executable, "-m", "qmpsnap", *map(str, words)]
 
 
-async def ended(process: asyncio.subprocess.Process) -> Ran:
-    async with asyncio.timeout(120):
+async def ended(process: asyncio.subprocess.Process, within: float = 120) -> Ran:
+    async with asyncio.timeout(within):
         out, err = await process.communicate()
     assert process.returncode is not None
     return Ran(process.returncode, out.decode(), err.decode())

@@ -36,7 +36,7 @@ async def test_the_walk(program: Program, qemu72: Path) -> None:
             cwd=program.dir,
             env=here,
         )
-        ran = await ended(process)
+        ran = await ended(process, within=500)  # some fifty commands
     finally:
         for pid in machines(program.dir):
             os.kill(pid, signal.SIGKILL)
