@@ -69,9 +69,10 @@ def _spoil(dice: Random, seed: Script) -> Script:
 async def _scripted(given: Script, path: Path, ask: Callable[[Path], Awaitable[object]]) -> object:
     """*ask* of somebody who listens at *path* and says what *given* has, then hangs up."""
     left = list(given)
-    over = asyncio.Event()
+    serving: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving[asyncio.current_task()] = writer
         with suppress(OSError, ValueError, asyncio.IncompleteReadError):
             if left:
                 writer.write(left.pop(0).replace(_HERE, b"1"))
@@ -83,10 +84,14 @@ async def _scripted(given: Script, path: Path, ask: Callable[[Path], Awaitable[o
                     writer.write(left.pop(0).replace(_HERE, str(id).encode()))
                     await writer.drain()
         writer.close()
-        over.set()
 
     async with await asyncio.start_unix_server(serve, path):
-        return await ask(path)
+        try:
+            return await ask(path)
+        finally:  # nobody goes on with it under the next input
+            for writer in serving.values():
+                writer.transport.abort()
+            await asyncio.gather(*filter(None, serving), return_exceptions=True)
 
 
 def _script(
