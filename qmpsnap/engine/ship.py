@@ -189,8 +189,7 @@ async def ship_waiting(
     """As `ship_all`, for a *vm* whose lock the caller holds."""
     delivered: list[Delivered] = []
     failed: list[NotShipped] = []
-    await tidied(roots, vm)
-    for facts in await asyncio.to_thread(local.survey, roots.local, vm):
+    for facts in await tidied(roots, vm):
         if facts.paired or facts.storage is None or facts.spooled is None or facts.problem:
             continue
         try:
@@ -200,15 +199,18 @@ async def ship_waiting(
     return delivered, failed
 
 
-async def tidied(roots: Roots, vm: str) -> None:
+async def tidied(roots: Roots, vm: str) -> list[local.LocalFacts]:
     """What is left here of halves that have arrived goes, where a crash came after their note.
 
-    The caller holds the VM's lock. Raises LocalFailed.
+    What the host has of each snapshot is returned. The caller holds the VM's lock. Raises
+    LocalFailed.
     """
-    for facts in await asyncio.to_thread(local.survey, roots.local, vm):
+    found = await asyncio.to_thread(local.survey, roots.local, vm)
+    for facts in found:
         if facts.paired is not None and facts.spool:
             await asyncio.to_thread(_remove, roots.local.spool(vm, facts.id))
     await asyncio.to_thread(shared.sweep_local, roots.local, vm)
+    return found
 
 
 def _remove(spool: Path) -> None:

@@ -65,21 +65,26 @@ async def capabilities(monitor: Monitor) -> dict[str, bool]:
     return {one.capability: one.state for one in told}
 
 
+async def version(monitor: Monitor) -> tuple[str, str]:
+    """QEMU's version, such as `7.2.22`, and the distribution's name for it."""
+    told = await monitor.query("query-version", _Version)
+    return f"{told.qemu.major}.{told.qemu.minor}.{told.qemu.micro}", told.package
+
+
 async def probe(monitor: Monitor) -> Abilities:
     """Ask everything. Sets and resets one migration capability, so no migration may be running.
 
     For `background-snapshot` setting it is the probe: QEMU then checks the guest's memory, the
     kernel and our privileges (qemu: migration/options.c, migration/ram.c).
     """
-    version = await monitor.query("query-version", _Version)
+    number, package = await version(monitor)
     names = set(await capabilities(monitor))
     # 8.2 brought it together with the `file:` URI, and ends a failed background save well
     mode = "mode" in await monitor.query("query-migrate-parameters", dict[str, Any])
     trouble = await _background_trouble(monitor, names)
-    number = version.qemu
     return Abilities(
-        version=f"{number.major}.{number.minor}.{number.micro}",
-        package=version.package,
+        version=number,
+        package=package,
         file_uri=mode,
         background=not trouble,
         background_trouble=trouble,

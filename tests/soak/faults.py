@@ -8,9 +8,10 @@ import os
 import random
 import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.rig.console import CommandFailed
 from tests.rig.wire import Fault
@@ -42,6 +43,7 @@ class Blow:
     tops: dict[str, list[Path]] = field(default_factory=dict)
 
 
+Struck = AsyncIterator[tuple[Blow, Callable[[Process], Coroutine[Any, Any, None]]]]
 _UNHURT = {0, 3, 4, 5}
 
 
@@ -67,7 +69,7 @@ async def struck(
 
 
 @contextlib.asynccontextmanager
-async def _killed(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _killed(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     async def strike(process: Process) -> None:
         await asyncio.sleep(dice.uniform(0.2, lasts))
         _signal(process, signal.SIGKILL)
@@ -76,7 +78,7 @@ async def _killed(name: str, plot: Plot, dice: random.Random, lasts: float):  # 
 
 
 @contextlib.asynccontextmanager
-async def _killed_at(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _killed_at(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     async def strike(process: Process) -> None:
         plot.wire.arm(
             Fault(
@@ -91,7 +93,7 @@ async def _killed_at(name: str, plot: Plot, dice: random.Random, lasts: float): 
 
 
 @contextlib.asynccontextmanager
-async def _stopped(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _stopped(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     """The engine hangs, past the watchdog's deadline, at a command that holds the guest."""
     happened = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -114,7 +116,7 @@ async def _stopped(name: str, plot: Plot, dice: random.Random, lasts: float):  #
 
 
 @contextlib.asynccontextmanager
-async def _told_to_end(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _told_to_end(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     async def strike(process: Process) -> None:
         number = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         await asyncio.sleep(dice.uniform(0.4, lasts))
@@ -128,7 +130,7 @@ async def _told_to_end(name: str, plot: Plot, dice: random.Random, lasts: float)
 
 
 @contextlib.asynccontextmanager
-async def _cut(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _cut(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     async def strike(process: Process) -> None:
         plot.wire.arm(Fault(_at(dice), delivered=dice.random() < 0.6, dead=dice.random() < 0.3))
 
@@ -138,7 +140,7 @@ async def _cut(name: str, plot: Plot, dice: random.Random, lasts: float):  # typ
 
 
 @contextlib.asynccontextmanager
-async def _agent(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _agent(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     async def strike(process: Process) -> None:
         await asyncio.sleep(dice.choice([0, dice.uniform(0.3, lasts)]))
         plot.line.fails(name.removeprefix("agent "))
@@ -150,7 +152,7 @@ async def _agent(name: str, plot: Plot, dice: random.Random, lasts: float):  # t
 
 
 @contextlib.asynccontextmanager
-async def _agent_dies(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _agent_dies(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     died = False
 
     async def strike(process: Process) -> None:
@@ -165,7 +167,7 @@ async def _agent_dies(name: str, plot: Plot, dice: random.Random, lasts: float):
 
 
 @contextlib.asynccontextmanager
-async def _store(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _store(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     how = {
         "store hangs": "hang",
         "store EIO": f"write {dice.choice([0, 4096, 1 << 20, 8 << 20])}",
@@ -186,7 +188,7 @@ async def _store(name: str, plot: Plot, dice: random.Random, lasts: float):  # t
 
 
 @contextlib.asynccontextmanager
-async def _local_full(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _local_full(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     filler = plot.local / ".filler"
 
     async def strike(process: Process) -> None:
@@ -206,8 +208,8 @@ async def _local_full(name: str, plot: Plot, dice: random.Random, lasts: float):
 
 
 @contextlib.asynccontextmanager
-async def _qemu_killed(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
-    blow = Blow(name, frozenset(_UNHURT | {6, 7}), lambda _: blow.quit, quit=False)
+async def _qemu_killed(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
+    blow = Blow(name, frozenset(_UNHURT | {6, 7}), lambda _: blow.quit)
 
     def then() -> None:
         blow.tops = asyncio.run(plot.tops_now())
@@ -222,7 +224,7 @@ async def _qemu_killed(name: str, plot: Plot, dice: random.Random, lasts: float)
 
 
 @contextlib.asynccontextmanager
-async def _two(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _two(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     words = ["create", VM, "--level", "overlay", "--ram", "none", "--max-pause", "5s"]
     second: list[asyncio.Task[Ran]] = []
 
@@ -243,7 +245,7 @@ async def _two(name: str, plot: Plot, dice: random.Random, lasts: float):  # typ
 
 
 @contextlib.asynccontextmanager
-async def _limited(name: str, plot: Plot, dice: random.Random, lasts: float):  # type: ignore[no-untyped-def]
+async def _limited(name: str, plot: Plot, dice: random.Random, lasts: float) -> Struck:
     kind, value = dice.choice(
         [
             (resource.RLIMIT_NOFILE, dice.randint(12, 40)),
@@ -276,7 +278,7 @@ def _signal(process: Process, number: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def _rewired(plot: Plot):  # type: ignore[no-untyped-def]
+def _rewired(plot: Plot) -> Iterator[None]:
     try:
         yield
     finally:

@@ -28,13 +28,12 @@ DISKS = ("vd0", "vd1")
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A verb that has ended, or was ended; *heard*: the longest silence of the guest meanwhile."""
+    """A verb that has ended, or was ended."""
 
     words: list[str]
     code: int
     out: str
     err: str
-    silence: float = 0.0
 
     @property
     def told(self) -> str:
@@ -130,16 +129,13 @@ class Plot:
         found = await chains(self.guest.qemu.witness)
         return {name: [Path(one) for one in found[name]] for name in DISKS}
 
-    def command(self, *words: object) -> list[str]:
-        return [sys.executable, "-m", "qmpsnap", *map(str, words)]
-
     async def start(
         self, *words: object, before: Callable[[], None] | None = None
     ) -> asyncio.subprocess.Process:
         """A verb as a process; *before* runs in it, as in subprocess.Popen."""
         kept = {name: value for name, value in os.environ.items() if "QMPSNAP" not in name}
         return await asyncio.create_subprocess_exec(
-            *self.command(*words),
+            *(sys.executable, "-m", "qmpsnap", *map(str, words)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from qmpsnap.hypervisor import abilities
 from qmpsnap.hypervisor.machine.asking import Asking
 from qmpsnap.hypervisor.monitor import Monitor
 
@@ -94,13 +95,13 @@ async def take(monitor: Monitor) -> Inventory:
     Raises MonitorLost, or ReplyMalformed where an answer is not what QEMU's schema promises.
     """
     asking = Asking(monitor)
-    version = await monitor.query("query-version", _Version)
+    number, package = await abilities.version(monitor)
     cpus = await asking.ask("query-cpus-fast", list[Cpu])
     uuid = await asking.ask("query-uuid", dict[str, str])
     name = await asking.ask("query-name", dict[str, str])
     status = await monitor.query("query-status", _Status)
     return Inventory(
-        version=_version(version),
+        version=Version(qemu=number, package=package),
         status=status.status,
         machine=_without_suffix(await asking.property("/machine", "type"), "-machine"),
         accelerator=await _accelerator(asking),
@@ -202,22 +203,6 @@ class _Pci(msgspec.Struct, frozen=True):
 
 class _Status(msgspec.Struct, frozen=True):
     status: str
-
-
-class _Number(msgspec.Struct, frozen=True):
-    major: int
-    minor: int
-    micro: int
-
-
-class _Version(msgspec.Struct, frozen=True):
-    qemu: _Number
-    package: str = ""
-
-
-def _version(told: _Version) -> Version:
-    number = told.qemu
-    return Version(qemu=f"{number.major}.{number.minor}.{number.micro}", package=told.package)
 
 
 def _without_suffix(text: str | None, suffix: str) -> str | None:
