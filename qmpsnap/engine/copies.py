@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from qmpsnap.engine import layers, recover
+from qmpsnap.engine import folds, layers, recover
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.copy import Copied, copied
 from qmpsnap.engine.debt import Debt
@@ -54,7 +54,7 @@ async def taken(
         return {}
     with _private(debt.owed.sockets) as sockets:
         found = await take(monitor, made, folder, points, how, report, sockets, asked)
-    await fold_back(monitor, made)
+    await fold_back(monitor, made, debt)
     if made.running and await runstate.retry_io(monitor):
         log.warning("%s: QEMU had stopped the guest: its overlay met an I/O error", made.vm)
     await debt.note(Phase.COPIED)
@@ -142,7 +142,7 @@ async def take(
     return found
 
 
-async def fold_back(monitor: Monitor, made: Plan) -> None:
+async def fold_back(monitor: Monitor, made: Plan, debt: Debt) -> None:
     """The overlays of the copied disks go back into what they froze; their files go at once.
 
     Should QEMU end between two of them, what is still there is what the disk lacks. Raises
@@ -150,5 +150,6 @@ async def fold_back(monitor: Monitor, made: Plan) -> None:
     """
     for disk in made.disks:
         if disk.copied:
-            await fold.fold(monitor, disk.overlay.node, disk.site.disk.top.name)
+            told = folds.noting(debt.entry, str(disk.overlay.path))
+            await fold.fold(monitor, disk.overlay.node, disk.site.disk.top.name, told=told)
             await asyncio.to_thread(layers.unlink, disk.overlay.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import layers, offline, recover, survey
+from qmpsnap.engine import folds, layers, offline, recover, survey
 from qmpsnap.engine.identity import identity_of
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase, move
@@ -95,7 +95,9 @@ async def given_up(roots: Roots, machine: Machine, monitor: Monitor, debt: Debt,
     async def undone(current: Monitor) -> None:
         await recover.server_ended(current, debt.owed)
         # a guest that was not frozen by us is not thawed: somebody else may hold it
-        await recover.undo(roots, machine, current, id, debt.owed, debt.phase, thaw=debt.frozen)
+        await recover.undo(
+            roots, machine, current, debt.entry, debt.owed, debt.phase, thaw=debt.frozen
+        )
 
     try:
         await settle(monitor, undone)
@@ -114,6 +116,7 @@ async def _settled_offline(roots: Roots, machine: Machine, debt: Debt, gone: Qem
     if (known := debt.owed.process) is None or not await _ended(known):
         _warn(machine, gone)
         return
+    await folds.ended(debt.entry)
     try:
         for settled in await offline.settle_offline(roots, machine):
             log.warning("%s: %s: %s", machine.name, gone, "; ".join(settled.did))

@@ -307,10 +307,14 @@ class Engine(Reader):
         """Thaw the guest's file systems whoever froze them; how many were. Raises AgentError."""
         return await thaw.thaw(machine)
 
-    async def recover(self, machine: Machine) -> Sequence[recover.Recovered]:
+    async def recover(
+        self, machine: Machine, *, not_restarted: bool = False
+    ) -> Sequence[recover.Recovered]:
         """Settle what a crashed engine still owed this VM, and sweep what it left half-done.
 
         Guests of its snapshots that wait for RAM which nobody brings any more get it again.
+        *not_restarted*: QEMU has ended and was not started since, says the caller; only asked for
+        where QEMU and the engine ended together while an overlay was being folded back.
 
         Raises VmBusy, MonitorAbsent, Failed.
         """
@@ -321,7 +325,9 @@ class Engine(Reader):
                 async with connect(machine.socket) as monitor:
                     settled = await recover.recover(self.roots, machine, monitor)
             except (MonitorAbsent, VmUnknown) as absent:
-                settled = await offline.settle_offline(self.roots, machine)
+                settled = await offline.settle_offline(
+                    self.roots, machine, not_restarted=not_restarted
+                )
                 if not settled and not revived:
                     raise
                 log.info("%s; its disks were settled without QEMU", absent)

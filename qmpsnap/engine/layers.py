@@ -10,9 +10,11 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap import private
+from qmpsnap.engine import folds
 from qmpsnap.engine.plan import PlannedDisk
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host import qemu_img
+from qmpsnap.host.journal import Entry
 from qmpsnap.hypervisor.block import fold, graph, overlay
 from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.ids import NodeName
@@ -85,12 +87,14 @@ def _format(node: graph.Node) -> str:
     return node.driver if node.driver in {"qcow2", "raw"} else "raw"
 
 
-async def take_back(monitor: Monitor, laid: Sequence[Laid], *, may_be_live: bool) -> list[str]:
+async def take_back(
+    monitor: Monitor, laid: Sequence[Laid], entry: Entry, *, may_be_live: bool
+) -> list[str]:
     """Undo `lay`, and the transaction if it happened: decided by what the graph shows.
 
     An overlay that takes writes is folded into its base while the guest runs on. A file that
     QEMU does not know is deleted only if it can never have taken a write (not *may_be_live*).
-    Gives the files that were kept for that reason.
+    Gives the files that were kept for that reason. *entry* is the debt in which folds are noted.
 
     Raises JobFailed or MonitorError with the rest undone as far as possible.
     """
@@ -103,7 +107,7 @@ async def take_back(monitor: Monitor, laid: Sequence[Laid], *, may_be_live: bool
                 kept += [one.path] if await asyncio.to_thread(os.path.exists, one.path) else []
                 continue
         elif any(node == item.name for disk in seen.disks for item in disk.chain):
-            await fold.fold(monitor, node, NodeName(one.base))
+            await fold.fold(monitor, node, NodeName(one.base), told=folds.noting(entry, one.path))
         elif not await overlay.drop(monitor, node):
             kept.append(one.path)
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.engine import arrivals, delete, dependents, layers
+from qmpsnap.engine import arrivals, delete, dependents, folds, layers
 from qmpsnap.engine.levels import newest_bitmaps
 from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
@@ -75,8 +75,9 @@ class Owed(msgspec.Struct, frozen=True):
 
 def understood(record: journal.Record) -> tuple[Owed, Phase]:
     """The debt of a `create` or `refresh`, and how far it came. Raises ManifestError."""
+    phases = [one for one in record.lines if not folds.is_note(one)]
     try:
-        return msgspec.convert(record.lines[0], Owed), Phase(str(record.lines[-1].get("phase")))
+        return msgspec.convert(record.lines[0], Owed), Phase(str(phases[-1].get("phase")))
     except UNREADABLE as odd:
         raise ManifestError(f"the journal's entry {record.id}: {odd}") from odd
 
@@ -128,7 +129,7 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             if not is_sealed(roots, machine, owed.point(record.id)):
                 crashed = phase is Phase.HOLDING
                 did = await undo(
-                    roots, machine, monitor, record.id, owed, phase, thaw=owed.freeze and crashed
+                    roots, machine, monitor, entry, owed, phase, thaw=owed.freeze and crashed
                 )
             else:
                 await sweep(roots, machine, monitor)
@@ -191,17 +192,18 @@ async def undo(
     roots: Roots,
     machine: Machine,
     monitor: Monitor,
-    id: str,
+    entry: journal.Entry,
     owed: Owed,
     phase: Phase,
     *,
     thaw: bool,
 ) -> list[str]:
-    """Give the guest back as it was before the snapshot *id*; what was done, in words.
+    """Give the guest back as it was before the snapshot of *entry*; what was done, in words.
 
     A sealed snapshot exists, whatever was noted last: it is left alone. Done twice, it does
     nothing. Raises GuestLeftStopped, LocalFailed, JobFailed, MonitorError.
     """
+    id = entry.id
     if is_sealed(roots, machine, owed.point(id)):
         return []
     did: list[str] = []
@@ -221,7 +223,7 @@ async def undo(
     await target.forget_all(monitor)
     # what that very QEMU does not know of any more was folded, or never used
     live = touched and phase is not Phase.COPIED and not await _is_the_same(monitor, owed)
-    kept = await layers.take_back(monitor, owed.laid, may_be_live=live)
+    kept = await layers.take_back(monitor, owed.laid, entry, may_be_live=live)
     did.append("overlays were taken back")
     if phase is Phase.CAPTURED and owed.running and await runstate.retry_io(monitor):
         did.append("the guest was continued after an I/O error")

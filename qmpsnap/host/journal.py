@@ -38,13 +38,22 @@ class Entry:
     path: Path
     _size: int = field(default=0)
 
+    @property
+    def id(self) -> str:
+        """The snapshot's ID that it is known by."""
+        return self.path.name.removesuffix(_SUFFIX)
+
     def note(self, phase: str, **facts: object) -> None:
         """Write down that *phase* is about to begin. Raises LocalFailed: then do not begin it."""
         self._append({"phase": phase, **facts})
 
+    def add(self, **facts: object) -> None:
+        """Write down something that is no phase of its own. Raises LocalFailed."""
+        self._append(facts)
+
     def read(self) -> Record:
         """All that was written down so far. Raises LocalFailed."""
-        return _read(self.path, self.path.name.removesuffix(_SUFFIX))
+        return _read(self.path, self.id)
 
     def close(self) -> None:
         """Strike the debt out: it is paid. A second call does nothing. Raises LocalFailed."""

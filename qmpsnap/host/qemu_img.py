@@ -206,9 +206,17 @@ async def rebase(
     await asyncio.to_thread(_sync, path)
 
 
-async def same(one: Path, other: Path, format: str, *, binary: str = "qemu-img") -> bool:
+async def same(
+    one: Path,
+    other: Path,
+    format: str,
+    other_format: str | None = None,
+    *,
+    binary: str = "qemu-img",
+) -> bool:
     """Whether a guest would read the same from both. Raises LocalFailed."""
-    arguments = ["compare", "-f", format, "-F", format, _spelled(one), _spelled(other)]
+    formats = ["-f", format, "-F", other_format or format]
+    arguments = ["compare", *formats, _spelled(one), _spelled(other)]
     said = await _run(arguments, binary=binary, accept={0, 1})
     return b"Images are identical." in said
 

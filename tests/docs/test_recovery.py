@@ -82,6 +82,7 @@ async def test_the_two_halves_bring_the_guest_back_by_hand(
     script = commands("A VM from its two halves")
     with shell(script, TO=short / "back", **places):
         async with Console.open(short / "back/console.sock") as console:
+            await console.until("^W ", within=60)  # what is typed before it runs is lost
             found = await console.witness(within=30)
     assert found.ok
     assert found.nonce == before.nonce

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.console import CommandFailed
+from tests.rig.graph import ask
 from tests.rig.wire import Fault
 from tests.soak.plot import VM, Plot, Ran
 
@@ -212,6 +213,7 @@ async def _qemu_killed(name: str, plot: Plot, dice: random.Random, lasts: float)
     blow = Blow(name, frozenset(_UNHURT | {6, 7}), lambda _: blow.quit)
 
     def then() -> None:
+        asyncio.run(_pivoted(plot))
         blow.tops = asyncio.run(plot.tops_now())
         plot.guest.qemu.kill()
         blow.quit = True
@@ -221,6 +223,18 @@ async def _qemu_killed(name: str, plot: Plot, dice: random.Random, lasts: float)
 
     with _rewired(plot):
         yield blow, strike
+
+
+async def _pivoted(plot: Plot) -> None:
+    """A disk that is on its way from its overlay to what lies beneath has come there."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(2 if "job-complete" in plot.wire.names else 0):
+            while any(one["status"] != "concluded" for one in await _jobs(plot)):  # noqa: ASYNC110 - another process tells nothing
+                await asyncio.sleep(0.01)
+
+
+async def _jobs(plot: Plot) -> list[dict[str, Any]]:
+    return list(await ask(plot.guest.qemu.witness, "query-jobs"))
 
 
 @contextlib.asynccontextmanager

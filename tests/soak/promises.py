@@ -66,6 +66,8 @@ class Promises:
                 raise Broken(ran.told)
             if again and ran.out:
                 raise Broken(f"a second recover did something: {ran.out}")
+            if not ran.out:
+                break
         ran = await plot.run("ship", VM)
         if ran.code != 0:
             raise Broken(ran.told)

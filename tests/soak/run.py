@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ class Tally:
     felt: collections.Counter[str] = field(default_factory=collections.Counter)
     codes: collections.Counter[str] = field(default_factory=collections.Counter)
     restored: int = 0
+    left: int = 0
+    """How often `recover` left it to a person which of two files has a guest's last writes."""
     broken: list[str] = field(default_factory=list)
     silence: dict[str, float] = field(default_factory=dict)
     """The longest silence of a guest, in seconds, by the fault; `none` without one."""
@@ -174,12 +177,27 @@ class Soak:
         plot = self._plot
         await plot.power_off()
         ran = await plot.run("recover", VM)
+        if ran.code == 4 and "cannot be told" in ran.err:
+            self._tally.left += 1
+            await asyncio.to_thread(_kept_by_hand, tops)
+            ran = await plot.run("recover", VM)
         if ran.code not in {0, 3}:  # 3: nothing was owed any more, and there is no VM
             raise Broken(f"QEMU killed: {ran.told}")
         for name, files in tops.items():
             plot.tops[name] = next(path for path in files if path.exists())
         await plot.boot()
         return await self._promises.the_guest_is_sound()
+
+
+def _kept_by_hand(tops: dict[str, list[Path]]) -> None:
+    """As docs/recovery.md has it, by somebody who knows which file QEMU had on top at its end."""
+    for top in {files[0] for files in tops.values()}:
+        for overlay in top.parent.glob(".qmpsnap-*"):
+            beneath = [files for files in tops.values() if files[0] == overlay]
+            if beneath:
+                commit = ["qemu-img", "commit", "-q", "-d", "-f", "qcow2", overlay]
+                subprocess.run(commit, check=True)
+            overlay.unlink()
 
 
 def _meant(words: list[str], ran: Ran) -> bool:
@@ -223,6 +241,7 @@ def summary(tally: Tally, asked: argparse.Namespace, minutes: float) -> str:
         f"{asked.seed}: {sum(tally.verbs.values())} steps, {sum(tally.tried.values())} faults, "
         f"{sum(tally.felt.values())} of them felt, {tally.restored} restores; longest silence of "
         f"a guest {tally.silence.get(worst, 0.0):.2f} s ({worst}), without faults {calm:.2f} s; "
+        f"left to a person: {tally.left}; "
         f"broken promises: {len(tally.broken)}"
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
 
 from qmpsnap.errors import CommandRefused, JobFailed
 from qmpsnap.hypervisor.block import bitmap, graph, overlay, transaction
@@ -17,8 +19,31 @@ log = logging.getLogger(__name__)
 _PREFIX = "fold-"
 
 
+class Stage(StrEnum):
+    """How far a fold has come, as it is told before the step that makes it true.
+
+    What a disk reads as is in its overlay up to the pivot, and in what lies beneath from then on.
+    """
+
+    FOLDING = "folding"  # the base is about to be written to; the overlay still has all
+    PIVOTING = "pivoting"  # the base is about to take the guest's writes
+    FOLDED = "folded"  # the base has all, and the overlay is no more needed
+
+
+Told = Callable[[Stage], Awaitable[None]]
+
+
+async def _untold(_: Stage) -> None:
+    pass
+
+
 async def fold(
-    monitor: Monitor, top: NodeName, base: NodeName, *, within: float = 3600
+    monitor: Monitor,
+    top: NodeName,
+    base: NodeName,
+    *,
+    within: float = 3600,
+    told: Told = _untold,
 ) -> list[NodeName]:
     """Commit the active node *top* and all between it and *base* into *base*; give what is free.
 
@@ -31,8 +56,8 @@ async def fold(
     record what is committed into it; the disk may be left there by a failure. A bitmap that
     *base* has already records by itself, in its place.
 
-    Raises JobFailed, with the disk as it was, or shorter by the layers above a stop;
-    CommandRefused.
+    *told* is called before each stage; what it raises ends the fold there. Raises JobFailed, with
+    the disk as it was, or shorter by the layers above a stop; CommandRefused.
     """
     disk = _disk_of(await graph.query(monitor), top)
     before = [node.name for node in disk.chain] if disk is not None else []
@@ -41,10 +66,12 @@ async def fold(
     depth = before.index(base)
     _refuse_busy(disk.chain[:depth])
     stops = [node.name for node in disk.chain[1:depth] if _carried(node)]
+    await told(Stage.FOLDING)
     async with asyncio.timeout(within):
-        for stop in (*stops, base):
-            await _commit(monitor, top, stop)
+        for stop in stops:
+            await _commit(monitor, top, stop, _untold)
             top = stop
+        await _commit(monitor, top, base, told)
     return before[:depth]
 
 
@@ -64,7 +91,7 @@ async def broken_off(monitor: Monitor) -> None:
             await end(monitor, one.id)
 
 
-async def _commit(monitor: Monitor, top: NodeName, base: NodeName) -> None:
+async def _commit(monitor: Monitor, top: NodeName, base: NodeName, told: Told) -> None:
     """One block-commit; of the layers that it frees, only *top* may have bitmaps of ours."""
     disk = _disk_of(await graph.query(monitor), top)
     if disk is None or base not in (names := [node.name for node in disk.chain]):
@@ -78,10 +105,12 @@ async def _commit(monitor: Monitor, top: NodeName, base: NodeName) -> None:
     async with job(monitor, "block-commit", name, arguments) as it:
         await it.reaches("ready")
         await _carry(monitor, disk.chain[0], disk.chain[depth])
+        await told(Stage.PIVOTING)
         await it.complete()
         await it.reaches("concluded")
     if not await took_over(monitor, base):
         raise JobFailed(f"the commit of {top} ended without {base} taking over")
+    await told(Stage.FOLDED)
     for node in names[:depth]:
         # nodes that a -drive or a backing string opened go by themselves
         await overlay.drop(monitor, node)
