@@ -90,6 +90,24 @@ def _owing(positions: Sequence[tuple[str, int]]) -> str:
     return next(at for at, _ in positions if "engine/debt.py" in at)
 
 
+_Key = tuple[str, str, str, str, str, int]
+
+
+def _key(case: Case, strike: Strike) -> _Key:
+    """What a strike has in common with one at another level."""
+    return (case.version, case.verb, case.ram, strike.position, strike.moment, strike.visit)
+
+
+def _read(path: Path) -> set[_Key]:
+    """What an earlier campaign has struck, by its `--out`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        (one["case"]["version"], one["case"]["verb"], one["case"]["ram"],
+         one["strike"]["position"], one["strike"]["moment"], one["strike"]["visit"])
+        for one in rows if one["struck"]
+    }  # fmt: skip
+
+
 class _Folders:
     """A folder with a short name on disk, and one in memory for a store."""
 
@@ -108,6 +126,7 @@ def main() -> int:
     asked = _asked()
     os.nice(asked.nice)
     began = time.monotonic()
+    struck_already = _read(Path(asked.struck)) if asked.struck else set()
     chosen = cases(asked.qemu, asked.verb, asked.ram, asked.level)
     chance = random.Random(asked.seed)
     # it forks no process that has threads of its own
@@ -122,6 +141,7 @@ def main() -> int:
             every = [one for one in every if asked.at in one.position]
             if asked.moment:
                 every = [one for one in every if one.moment == asked.moment and one.visit == 1]
+            every = [one for one in every if _key(case, one) not in struck_already]
             chance.shuffle(every)
             every = every[: asked.sample]
             starts = range(0, len(every), _AT_ONCE)
@@ -198,6 +218,9 @@ def _asked() -> argparse.Namespace:
     )
     parser.add_argument("--hang", action="store_true", help="stand still instead of dying")
     parser.add_argument("--sample", type=int, help="strikes of each kind, of all there are")
+    parser.add_argument(
+        "--struck", help="an --out: positions that it has are left out, at whatever level"
+    )
     parser.add_argument("--minutes", type=float, help="begin nothing after them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
