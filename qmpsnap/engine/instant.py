@@ -36,6 +36,7 @@ async def instant(
         log=debt.entry.path.parent / "watchdog.log",
     )
     async with watch as watchdog:
+        monitor.told = watchdog.may_cut_monitor
         await layers.lay(monitor, made.disks)
         await asyncio.to_thread(_flush, made)
         await debt.note(Phase.HOLDING)

@@ -36,6 +36,8 @@ from qmpsnap.errors import (
 from qmpsnap.shield import finish
 
 T = TypeVar("T")
+Told = Callable[[int], None]
+"""Called with a descriptor."""
 _wire = logging.getLogger("qmpsnap.wire")
 _wire.propagate = False  # what it reports reaches the caller as an exception
 _wire.addHandler(logging.NullHandler())
@@ -91,6 +93,8 @@ class Monitor:
 
     def __init__(self, path: Path, client: QMPClient, sock: socket.socket) -> None:
         self.path = path
+        self.told: Told | None = None
+        """Gets the descriptor of each session that `settle` opens in this one's place."""
         self._client, self._sock = client, sock
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch = asyncio.ensure_future(self._see_it_go())
@@ -171,6 +175,9 @@ class Monitor:
 
     async def _leave(self) -> None:
         self._watch.cancel()
+        if self.told is not None:
+            with contextlib.suppress(OSError):  # who was told holds it too: closed it would go on
+                self._sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(*_ON_LEAVING):
             await self._client.disconnect()
         self._mark_lost()
@@ -189,13 +196,18 @@ async def understood(what: str) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
+async def connect(
+    path: Path, *, within: float = 5.0, told: Told | None = None
+) -> AsyncIterator[Monitor]:
     """A QMP session with the QEMU at the unix socket *path*, greeted within *within* seconds.
+
+    *told* gets the descriptor before it is connected: who hangs from there on keeps everybody else
+    from QEMU.
 
     Raises MonitorAbsent (nobody listens), MonitorBusy (accepted but not greeted: somebody else
     is being served, or QEMU hangs), or ReplyMalformed (this is no QMP).
     """
-    sock = _reach(path)
+    sock = _reach(path, told)
     client = _Client(path.name)
     # the default listener keeps every event for ever: make it deaf
     client.events.event_filter = lambda _: False
@@ -214,8 +226,11 @@ async def connect(path: Path, *, within: float = 5.0) -> AsyncIterator[Monitor]:
         raise ReplyMalformed(f"{path}: not a QMP monitor: {failed}") from failed
     finally:
         if client.runstate is not Runstate.RUNNING:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
     monitor = Monitor(path, client, sock)
+    monitor.told = told
     try:
         yield monitor
     finally:
@@ -235,7 +250,7 @@ async def settle(
         with contextlib.suppress(MonitorLost):
             return await debt(monitor)
     try:
-        async with connect(monitor.path, within=within) as fresh:
+        async with connect(monitor.path, within=within, told=monitor.told) as fresh:
             return await debt(fresh)
     except MonitorAbsent as gone:
         raise QemuGone(f"QEMU has ended: {gone}") from gone
@@ -243,8 +258,10 @@ async def settle(
         raise MonitorLost(f"the connection was lost, and no other is to be had: {busy}") from busy
 
 
-def _reach(path: Path) -> socket.socket:
+def _reach(path: Path, told: Told | None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if told is not None:
+        told(sock.fileno())
     try:
         # the backlog is 1: behind a client that waits for its turn connect() would block
         sock.setblocking(False)

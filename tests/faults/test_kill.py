@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,30 @@ async def test_a_guest_held_by_a_hanging_engine_is_continued_at_the_deadline(
         assert await it.all_is_well() == set()
         with _engine(it, RamChoice.PAUSED, margin=0.5) as process:  # the control
             assert "id" in await child.outcome(process)
+
+
+async def test_a_guest_is_continued_when_the_engine_hangs_in_a_second_session(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    async with bench(qemu72, short, store) as it:
+        with _engine(it, RamChoice.PAUSED, max_pause=1, margin=0.5) as process:
+            hanging = threading.Event()
+
+            def hang() -> None:
+                process.send_signal(signal.SIGSTOP)
+                hanging.set()
+
+            # the first session is cut; the second stands still with QEMU's only place
+            again = Fault(2, delivered=False, held=True, then=hang)
+            it.wire.arm(Fault("transaction", then=lambda: it.wire.arm(again)))
+            await asyncio.to_thread(hanging.wait, 30)
+            assert it.witness.status == "paused"
+            it.witness.until_running(within=10)
+            assert _state(process) == "T"
+            it.witness.until(lambda: "deadline passed" in _log(it), within=5)
+            process.send_signal(signal.SIGCONT)
+            await child.outcome(process)
+        assert await _cleaned_up(it) == set()
 
 
 def _log(it: Bench) -> str:

@@ -4,9 +4,10 @@ Run as a plain script on the standard library alone (`python -I -S rescuer.py QM
 that it starts in no time and needs nothing that the engine's end may have broken. It is told over
 its standard input, a unix socket, a JSON object a line, what is owed. When that ends, or the
 deadline passes, while something is owed, it cuts the engine's connections, for QEMU serves one
-client a monitor, and one an agent's socket: that to QMP is the descriptor FD, that to the agent
-comes along with a line `{"cut": "agent"}`. Then it pays over fresh ones until it has seen the
-guest run. Up to there it needs no disk, and no memory that it has not got already.
+client a monitor, and one an agent's socket: that to QMP is the descriptor FD, until another one
+comes along with a line `{"cut": "qmp"}`, that to the agent comes with `{"cut": "agent"}`. Then it
+pays over fresh ones until it has seen the guest run. Up to there it needs no disk, and no memory
+that it has not got already.
 """
 
 from __future__ import annotations

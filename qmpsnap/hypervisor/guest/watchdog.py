@@ -21,7 +21,6 @@ from qmpsnap.shield import finish
 
 _TAKEN_WITHIN = 3.0  # seconds
 _ENDED_WITHIN = 2.0
-_CUT = b'{"cut": "agent"}\n'
 _RESCUER = Path(__file__).with_name("rescuer.py")
 
 
@@ -82,8 +81,16 @@ class Watchdog:
         microseconds, and nothing is waited for. Whoever ends that session must shut it down, since
         the other end holds it too.
         """
+        self._hand_over("agent", connection)
+
+    def may_cut_monitor(self, connection: int) -> None:
+        """As `may_cut`, for a session with QEMU that takes the place of the first one."""
+        self._hand_over("qmp", connection)
+
+    def _hand_over(self, kind: str, connection: int) -> None:
         with contextlib.suppress(OSError):  # it has ended: what is owed next says so
-            socket.send_fds(self._wire, [_CUT], [connection])
+            line = json.dumps({"cut": kind}).encode() + b"\n"
+            socket.send_fds(self._wire, [line], [connection])
 
     async def _begin(self, debt: Debt) -> None:
         debt.settled = True  # nothing was done to the guest yet
