@@ -18,8 +18,23 @@ from qmpsnap.errors import LaunchFailed
 Lifetime = Literal["with-us", "detached"]
 UMASK = 0o177
 """Sockets and files of what we start are its owner's alone."""
+# Becomes "$@" unless who started it, $0, died before the kernel was told of the signal.
+_UNLESS_LATE = '[ "$PPID" = "$0" ] && exec "$@"'
 # Starts "$@" as nobody's child and tells its process id: no zombie of ours when it ends.
 _ORPHANED = 'exec 3>&1; "$@" 3>&- >/dev/null & echo $! >&3'
+
+
+def dying_with_us(number: signal.Signals) -> list[str]:
+    """What goes before the words of a process that is to get *number* when we end.
+
+    In contrast to a preexec_fn it runs no Python between fork and exec, which threads make unsafe.
+    Raises LaunchFailed.
+    """
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise LaunchFailed("setpriv is missing", hint="install the package util-linux")
+    name = number.name.removeprefix("SIG")
+    return [setpriv, f"--pdeathsig={name}", "/bin/sh", "-c", _UNLESS_LATE, str(os.getpid())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +88,7 @@ async def started(
     Raises LaunchFailed, and ProcessLookupError for a detached one that has ended already.
     """
     detached = lifetime == "detached"
-    setpriv = shutil.which("setpriv")
-    if not detached and setpriv is None:
-        raise LaunchFailed("setpriv is missing", hint="install the package util-linux")
-    # setpriv sets the signal that the kernel sends when we die, then becomes the process: in
-    # contrast to a preexec_fn it runs no Python between fork and exec, which threads make unsafe
-    prefix = ["/bin/sh", "-c", _ORPHANED, "sh"] if detached else [str(setpriv), "--pdeathsig=KILL"]
+    prefix = ["/bin/sh", "-c", _ORPHANED, "sh"] if detached else dying_with_us(signal.SIGKILL)
     try:
         process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's kills its child with the loop
             [*prefix, *words],

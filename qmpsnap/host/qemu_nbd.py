@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import stat
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM
 from socket import socket as Socket
 
+from qmpsnap.child import dying_with_us
 from qmpsnap.errors import LocalFailed
 from qmpsnap.shield import finish
 
@@ -102,16 +104,13 @@ def _arguments(path: Path, format: str, socket: Path, name: str, force_share: bo
 
 
 async def _started(arguments: list[str], binary: str) -> Process:
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise LocalFailed("setpriv is missing", hint="install the package util-linux")
     if shutil.which(binary) is None:
         hint = "qemu-nbd comes with QEMU (Debian: qemu-utils)"
         raise LocalFailed(f"{binary} is missing", hint=hint)
     try:
         # SIGTERM, and not SIGKILL, when we die: it takes its socket away then
         return await asyncio.create_subprocess_exec(
-            *(setpriv, "--pdeathsig=TERM", binary, *arguments),
+            *(*dying_with_us(signal.SIGTERM), binary, *arguments),
             stdin=DEVNULL,
             stdout=DEVNULL,
             stderr=PIPE,
@@ -120,7 +119,7 @@ async def _started(arguments: list[str], binary: str) -> Process:
             start_new_session=True,
         )
     except OSError as failed:
-        raise LocalFailed(f"{setpriv}: {failed.strerror}") from failed
+        raise LocalFailed(f"{binary}: {failed.strerror}") from failed
 
 
 async def _ready(server: Server, socket: Path, within: float) -> None:
