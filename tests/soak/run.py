@@ -202,7 +202,7 @@ def _kept_by_hand(tops: dict[str, list[Path]]) -> None:
 
 def _meant(words: list[str], ran: Ran) -> bool:
     """What is refused for a reason that has to do with no fault."""
-    soft = ("inc is not possible", "no increment", "stand on it", "stands on it", "protected")
+    soft = ("no inc is possible", "no increment", "stand on it", "stands on it", "protected")
     return ran.code == 3 and any(word in ran.err for word in soft)
 
 
