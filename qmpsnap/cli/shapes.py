@@ -17,6 +17,7 @@ from qmpsnap.engine.history import Record
 from qmpsnap.engine.info import Info
 from qmpsnap.engine.limiting import Limit
 from qmpsnap.engine.protect import Protection
+from qmpsnap.engine.signing import Signing
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.keyfile import Public
@@ -213,6 +214,7 @@ KINDS: dict[str, type[Struct]] = {
     "keys-import": Key,
     "keys-rotate": Rotated,
     "keys-forget": Key,
+    "keys-sign": Signing,
     "error": Failure,
 }
 

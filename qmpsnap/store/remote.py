@@ -202,6 +202,16 @@ class Store:
         )  # fmt: skip
         await self._ask(request, type(None))
 
+    async def sign(
+        self, vm: str, id: Id, signature: bytes, *, seal: str, lease: Claimant | None = None
+    ) -> None:
+        """Put *signature* beside the manifest with the digest *seal*. Raises DamagedData."""
+        request = wire.Sign(
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, signature=signature.decode(),
+            lease=lease,
+        )  # fmt: skip
+        await self._ask(request, type(None))
+
     async def sweep(
         self, vm: str, *, waiting: Collection[str] = (), lease: Claimant | None = None
     ) -> None:

@@ -115,6 +115,13 @@ class Remove(Half, frozen=True, kw_only=True):
     lease: Claimant | None = None
 
 
+class Sign(Sealed, frozen=True, kw_only=True):
+    """*signature* is to be put beside the manifest. *lease*: as for Remove."""
+
+    signature: str
+    lease: Claimant | None = None
+
+
 class Sweep(Request, frozen=True, kw_only=True):
     """What snapshots of *vm* shared, and none needs any more, is to go.
 
@@ -177,6 +184,7 @@ AnyRequest = (
     | Load
     | Fetch
     | Remove
+    | Sign
     | Sweep
     | Fill
     | Packs
@@ -239,6 +247,10 @@ class Listing(Struct, frozen=True, kw_only=True):
 
     found: list[Found]
     foreign: list[str]
+
+
+EXTRA = "not in the manifest"
+"""What is wrong with a file that nobody has asked for."""
 
 
 class Problem(Struct, frozen=True, kw_only=True):

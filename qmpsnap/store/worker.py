@@ -89,6 +89,9 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Remove():
             with _owned(root, request.vm, request.lease) as (progress, guard):
                 return half.remove(root, request, progress, guard)
+        case wire.Sign():
+            with _owned(root, request.vm, request.lease) as (_, guard):
+                return half.sign(root, request, guard)
         case wire.Sweep():
             with _owned(root, request.vm, request.lease) as (progress, guard):
                 return half.sweep(root, request.vm, progress, request.waiting, guard)
