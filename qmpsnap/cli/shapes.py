@@ -72,7 +72,8 @@ class Planned(Struct, frozen=True, kw_only=True):
 class Shown(Struct, frozen=True, kw_only=True):
     """`show`: both halves' manifests, and where the halves lie. *revisions*: the refreshed ones.
 
-    *signature*: who vouches for them.
+    *signature*: who vouches for them. *lease*: the other host that the VM belongs to now, on the
+    store; None if there is none, or the store did not tell in time.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Shown(Struct, frozen=True, kw_only=True):
     manifest: Manifest
     revisions: list[Storage] = []
     signature: Signed | None = None
+    lease: Standing | None = None
 
 
 class Shipped(Struct, frozen=True, kw_only=True):

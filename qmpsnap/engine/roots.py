@@ -20,6 +20,9 @@ from qmpsnap.store.remote import Store
 from qmpsnap.store.separate import refuse_same
 from qmpsnap.store.signature import Reason, Trust
 
+# where no root is asked for, and none is given: nothing is ever there (passwd(5), Debian)
+NOWHERE = Path("/nonexistent")
+
 
 @dataclass(frozen=True, slots=True)
 class Roots:
@@ -48,6 +51,11 @@ class Roots:
     def keyring(self) -> Keyring:
         """The keys of this host."""
         return Keyring(self.keys or self.local.keys, host_id())
+
+    @property
+    def placed(self) -> bool:
+        """Whether there is a store at all; by its name, it is not looked at."""
+        return not self.store.root.path.is_relative_to(NOWHERE)
 
     def trust(self) -> Trust | None:
         """What a manifest has to be signed with, for the store as for a spool; None: nothing.

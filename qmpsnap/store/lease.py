@@ -158,8 +158,11 @@ def take(root: StoreRoot, vm: str, who: Claimant, *, by_force: bool = False) -> 
     raise StoreError(f"{root.lease(vm)}: too many want the lease at once")
 
 
-def look(root: StoreRoot, vm: str, who: Claimant) -> Standing:
-    """Whom *vm* belongs to; nothing is taken. Raises StoreError, ManifestError."""
+def look(root: StoreRoot, vm: str, who: Claimant, *, rivals: bool = False) -> Standing:
+    """Whom *vm* belongs to; nothing is taken. Raises StoreError, ManifestError.
+
+    With *rivals* only another one than *who* is told: nothing is written where that has it.
+    """
     folder = root.lease(vm)
     with told(folder, StoreError):
         last = str(max(root.ids(vm), default="")) or None
@@ -171,6 +174,8 @@ def look(root: StoreRoot, vm: str, who: Claimant) -> Standing:
             if found is None:
                 continue
             lease, mtime = found
+            if rivals and lease.holder == who.holder:
+                return Standing(vm=vm, newest=last)
             with _written(root, msgspec.structs.replace(lease, token=token_hex(16))) as (_, now):
                 left = lease.term_s - (now - mtime)
             if lease.given_up or left <= 0:

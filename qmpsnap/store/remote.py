@@ -173,11 +173,14 @@ class Store:
         await self._ask(request, type(None), on_progress)
 
     async def own(
-        self, vm: str, lease: Claimant, act: Literal["look", "take", "seize", "leave"] = "take"
+        self,
+        vm: str,
+        lease: Claimant,
+        act: Literal["look", "rival", "take", "seize", "leave"] = "take",
     ) -> Standing:
         """Whom *vm* belongs to after its lease was taken, seized from whoever has it, or left.
 
-        Raises LeaseHeld.
+        `rival` tells of others only, and is the cheapest. Raises LeaseHeld.
         """
         request = wire.Own(root=self._root(vm), vm=vm, lease=lease, act=act)
         return await self._ask(request, Standing)

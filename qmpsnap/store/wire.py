@@ -134,11 +134,14 @@ class Sweep(Request, frozen=True, kw_only=True):
 
 
 class Own(Request, frozen=True, kw_only=True):
-    """Whose *vm* is: a look, or its lease is to be taken, seized from whoever has it, or left."""
+    """Whose *vm* is: a look, or its lease is to be taken, seized from whoever has it, or left.
+
+    `rival` is a look that tells of others only.
+    """
 
     vm: str
     lease: Claimant
-    act: Literal["look", "take", "seize", "leave"]
+    act: Literal["look", "rival", "take", "seize", "leave"]
 
 
 class Lost(Request, frozen=True, kw_only=True):

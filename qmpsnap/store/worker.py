@@ -105,9 +105,9 @@ def answer_to(request: wire.AnyRequest) -> Any:
             if act == "leave":
                 _taken(root, vm, who).give_up()
                 del _leases[root.path, vm]
-            elif act != "look":
+            elif act not in {"look", "rival"}:
                 _taken(root, vm, who, by_force=act == "seize")
-            return lease.look(root, vm, who)
+            return lease.look(root, vm, who, rivals=act == "rival")
 
 
 def _refuse_alias(root: StoreRoot, vm: str) -> None:
