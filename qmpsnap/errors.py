@@ -122,8 +122,8 @@ class Untrusted(Refused):
 
 class Unsigned(Untrusted):
     hint = (
-        "it was taken by an older qmpsnap, or somebody has removed its signature; "
-        "`--insecure unsigned` takes it as it is"
+        "it was taken by an older qmpsnap, or somebody has removed its signature; `qmpsnap keys "
+        "sign` signs what this host has taken, `--insecure unsigned` takes it as it is"
     )
 
 

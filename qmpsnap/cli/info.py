@@ -44,6 +44,7 @@ async def info(
     without roots; with --local it tells our overlays from others.
     """
     from qmpsnap.cli.render import in_bytes
+    from qmpsnap.store.lease import in_words
 
     found = await call.engine(roots=False).info(call.machine(vm), changes=changes)
     out = call.out
@@ -59,6 +60,7 @@ async def info(
         ("process", found.pid),
         ("RAM", in_bytes(found.ram_bytes)),
         ("agent", f"{agent} ({found.agent_trouble})" if found.agent_trouble else agent),
+        ("lease", in_words(found.lease) if found.lease else None),
     ])  # fmt: skip
     out.line()
     out.table(

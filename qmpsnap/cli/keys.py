@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmpsnap.cli.completion import keys
+from qmpsnap.cli import options
+from qmpsnap.cli.completion import keys, snapshots
 from qmpsnap.cli.target import Call
 from qmpsnap.cli.verb import verb
 
@@ -68,6 +69,15 @@ Examples:
 \b
 Exit codes: 0 done; 2 usage; 3 it is the key that signs, or no single key; 4 failed;
 7 a key is damaged.
+"""
+SIGN_EPILOG = """\b
+Examples:
+  qmpsnap keys sign web --all --dry-run
+  qmpsnap keys sign web 20261122T165057123Z
+
+\b
+Exit codes: 0 done, or they were signed already; 2 usage; 3 this host has no local half of
+one, somebody else has signed it, or no such snapshot; 4 failed; 7 damaged data found.
 """
 DryRun = Annotated[
     bool,
@@ -200,6 +210,64 @@ async def forget(
 
     key = await asyncio.to_thread(call.keyring().forget, id, dry_run=dry_run)
     _tell(call.out, key, "would be trusted no more" if dry_run else "trusted no more")
+
+
+@app.command("sign", epilog=SIGN_EPILOG)
+@verb(sockets=False, insecure=True)
+async def sign(
+    call: Call,
+    vm: options.Vm,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ID",
+            help="Snapshots: their IDs, unique beginnings of them, or `latest`.",
+            autocompletion=snapshots,
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    all_: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="All of the VM that are not signed. Default: those named.",
+            show_default=False,
+        ),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Sign snapshots that are on the store without a signature: an older qmpsnap took them.
+
+    Each is read whole and compared with its digests, and has to be the one that the local half on
+    this host names. Where this host has none, `--insecure unsigned` signs it all the same.
+    """
+    from qmpsnap.cli.target import snapshot
+    from qmpsnap.errors import UsageError
+
+    call.machine(vm, reach=False)
+    if bool(ids) == all_:
+        raise UsageError("name the snapshots, or give --all: one of the two")
+    if "foreign" in (call.insecure or ()):
+        raise UsageError("--insecure foreign: what somebody else has signed is not signed anew")
+    out = call.out
+    out.expect_progress()
+    words = None if all_ else [snapshot(word) for word in ids or ()]
+    done, refused = await call.engine().sign(vm, words, dry_run=dry_run)
+    out.settle()
+    for one in done:
+        if out.json:
+            out.record(one)
+        else:
+            held = " (its local half is not here)" if one.vouched == "insecure" else ""
+            out.line(f"{one.vm} {one.id}: {one.outcome}, with the key {one.key}{held}")
+    if not done and not refused:
+        out.notice("all that is on the store is signed")
+    gravest = max(refused, key=lambda one: one.exit_code, default=None)
+    for trouble in refused:
+        if trouble is not gravest:
+            out.aside("warning", str(trouble))
+    if gravest is not None:
+        raise gravest
 
 
 def _tell(out: Output, key: Key, what: str) -> None:

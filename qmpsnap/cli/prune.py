@@ -153,6 +153,11 @@ async def prune(
     counts = [sum(one.decision == word for one in done.fates) for word in ("keep", "remove")]
     would = "would be " if dry_run else ""
     out.notice(f"{would}kept: {counts[0]}; removed: {counts[1]}")
+    if any(one.state == "untrusted" for one in done.fates):
+        out.notice(
+            "what is untrusted is neither counted nor removed: `qmpsnap keys sign VM --all` signs "
+            "what this host has shipped unsigned, `qmpsnap delete` removes one"
+        )
     if done.why:
         out.notice(done.why)
     if done.failed:

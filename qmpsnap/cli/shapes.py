@@ -17,6 +17,7 @@ from qmpsnap.engine.history import Record
 from qmpsnap.engine.info import Info
 from qmpsnap.engine.limiting import Limit
 from qmpsnap.engine.protect import Protection
+from qmpsnap.engine.signing import Signing
 from qmpsnap.engine.verify import Verified
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.keyfile import Public
@@ -71,7 +72,8 @@ class Planned(Struct, frozen=True, kw_only=True):
 class Shown(Struct, frozen=True, kw_only=True):
     """`show`: both halves' manifests, and where the halves lie. *revisions*: the refreshed ones.
 
-    *signature*: who vouches for them.
+    *signature*: who vouches for them. *lease*: the other host that the VM belongs to now, on the
+    store; None if there is none, or the store did not tell in time.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Shown(Struct, frozen=True, kw_only=True):
     manifest: Manifest
     revisions: list[Storage] = []
     signature: Signed | None = None
+    lease: Standing | None = None
 
 
 class Shipped(Struct, frozen=True, kw_only=True):
@@ -213,6 +216,7 @@ KINDS: dict[str, type[Struct]] = {
     "keys-import": Key,
     "keys-rotate": Rotated,
     "keys-forget": Key,
+    "keys-sign": Signing,
     "error": Failure,
 }
 

@@ -73,10 +73,13 @@ async def show(
     ] = False,
 ) -> None:
     """Show both halves of one snapshot: disks, RAM, pause, digests, where everything lies."""
+    import asyncio
+
     from qmpsnap.cli import described, sectioned, used
     from qmpsnap.cli.render import in_bytes, in_ms
     from qmpsnap.cli.shapes import Shown
     from qmpsnap.errors import UsageError
+    from qmpsnap.store.lease import in_words
 
     call.machine(vm, reach=False)
     engine = call.engine()
@@ -105,7 +108,7 @@ async def show(
         else:
             used.show(call.out, record)
         return
-    pair = await engine.show(vm, snapshot(id))
+    pair, rival = await asyncio.gather(engine.show(vm, snapshot(id)), engine.rival(vm))
     refreshed = [one for one in await engine.revisions(vm, pair.id) if one.revision]
     out, storage, manifest = call.out, pair.storage, pair.manifest
     local = pair.roots.local.snapshot(pair.vm, pair.id)
@@ -122,6 +125,7 @@ async def show(
             manifest=manifest,
             revisions=refreshed,
             signature=pair.signed,
+            lease=rival,
         )
         out.record(shown)
         return
@@ -141,6 +145,7 @@ async def show(
         ("QEMU", manifest.qemu_version),
         ("identity", manifest.identity.uuid or ", ".join(manifest.identity.disks)),
         ("host", manifest.host),
+        ("lease", in_words(rival) if rival else None),
         ("local half", str(local)),
         ("store half", f"{store}{trial if manifest.trial_store else ''}"),
     ])  # fmt: skip

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qmpsnap.store.keyring import Keyring
 
 _ID = re.compile(r"\d{1,8}|\d{8}T\d{0,9}|\d{8}T\d{9}Z")
-# where no root is asked for, and none is given: nothing is ever there (passwd(5), Debian)
-_NOWHERE = Path("/nonexistent")
 C = TypeVar("C", bound=StrEnum)
 
 
@@ -127,7 +125,9 @@ class Call:
                 f"no {word} root is given",
                 hint=f'give --{word} DIR, or put `{word} = "DIR"` into the configuration',
             )
-        return path or _NOWHERE / word
+        from qmpsnap.engine.roots import NOWHERE
+
+        return path or NOWHERE / word
 
 
 def _registered(name: str) -> Registered | None:

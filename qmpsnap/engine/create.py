@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from qmpsnap.engine import (
     allowance,
@@ -56,6 +56,7 @@ from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 _SEAL_WITHIN = 600.0
+_AHEAD = timedelta(days=1)  # of another host's clock
 
 
 @asynccontextmanager
@@ -79,7 +80,7 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
 
     Raises as `create` does before it touches anything.
     """
-    await judge(roots, own=machine.name, dry=True)
+    judged = await judge(roots, own=machine.name, dry=True)
     await asyncio.to_thread(arrivals.refuse, roots, machine)
     try:
         async with connect(machine.socket) as monitor:
@@ -87,7 +88,7 @@ async def planned(roots: Roots, machine: Machine, wishes: Wishes) -> Plan:
     except MonitorBusy as busy:
         raise await asyncio.to_thread(survey.explain_busy, busy, machine.socket) from busy
     points = await asyncio.to_thread(read_points, roots.local, machine.name)
-    return await _plan(roots, facts, wishes, next_id(roots, machine), points)
+    return await _plan(roots, facts, wishes, next_id(roots, machine, judged), points)
 
 
 async def _plan(
@@ -124,7 +125,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         await asyncio.to_thread(roots.keyring.ready)
         async with met(roots, machine) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
-            id = next_id(roots, machine)
+            id = next_id(roots, machine, judged)
             points = await asyncio.to_thread(read_points, roots.local, machine.name)
             made = await _plan(roots, facts, wishes, id, points)
             facts = await survey.detailed(monitor, facts)
@@ -194,10 +195,24 @@ async def _after(monitor: Monitor, facts: survey.Survey, roots: Roots) -> sample
         return None
 
 
-def next_id(roots: Roots, machine: Machine) -> SnapshotId:
-    """Never one that was given before, also if that snapshot is deleted and the clock jumps."""
+def next_id(roots: Roots, machine: Machine, judged: Judged | None = None) -> SnapshotId:
+    """Never one that was given before, also if that snapshot is deleted and the clock jumps.
+
+    Nor one from before the newest on the store (*judged*): a host whose clock is ahead may have
+    taken that, before the VM came here. What is more than a day ahead is not gone by.
+    """
     given = [*roots.local.ids(machine.name), *local.last_id(roots.local, machine.name)]
-    return SnapshotId.after(max(given, default=None), datetime.now(UTC))
+    now = datetime.now(UTC)
+    if judged is not None and (newest := judged.newest) is not None:
+        if newest <= SnapshotId.of(now + _AHEAD):
+            given.append(newest)
+        else:
+            log.warning(
+                "the store has a snapshot of %s from the future, %s: it stays the `latest` there",
+                machine.name,
+                newest,
+            )
+    return SnapshotId.after(max(given, default=None), now)
 
 
 async def _judged(roots: Roots, vm: str) -> Judged | None:

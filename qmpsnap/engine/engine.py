@@ -32,6 +32,7 @@ from qmpsnap.engine import (
     retention,
     revive,
     ship,
+    signing,
     thaw,
     verify,
 )
@@ -44,7 +45,7 @@ from qmpsnap.engine.reader import Reader, silent
 from qmpsnap.engine.roots import Roots, host_id, refuse_on_store
 from qmpsnap.engine.verify import Verified
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
-from qmpsnap.errors import MonitorAbsent, NotShipped, UsageError, VmUnknown
+from qmpsnap.errors import MonitorAbsent, NotShipped, SnapError, UsageError, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.guest.quiesce import MAX_FREEZE
 from qmpsnap.hypervisor.monitor import connect
@@ -135,6 +136,17 @@ class Engine(Reader):
     ) -> tuple[Sequence[ship.Delivered], Sequence[NotShipped]]:
         """Deliver what waits in the spools; what could not be delivered, and why, comes second."""
         return await ship.ship_all(self.roots, vm, self._report)
+
+    async def sign(
+        self, vm: str, words: Sequence[str] | None = None, *, dry_run: bool = False
+    ) -> tuple[Sequence[signing.Signing], Sequence[SnapError]]:
+        """Sign what was shipped unsigned: what *words* mean, or all of *vm*.
+
+        Each is read and compared with its digests, and has to be what the local half here names;
+        where there is none, *insecure* has to have `unsigned`. What could not be signed, and why,
+        comes second. Raises SnapshotUnknown, VmBusy, StoreRefused, StoreError, KeyRefused.
+        """
+        return await signing.sign(self.roots, vm, words, self._report, dry_run=dry_run)
 
     async def lease(
         self, vm: str, act: Literal["look", "take", "seize", "leave"] = "look"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.engine import allowance, arrivals, survey
+from qmpsnap.engine import allowance, arrivals, owning, survey
 from qmpsnap.engine.allowance import Allowance
 from qmpsnap.engine.copy import private_folder
 from qmpsnap.engine.levels import Chosen, Since, choose
@@ -21,6 +21,7 @@ from qmpsnap.hypervisor.block import bitmap
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.ids import SnapshotId, disk_labels
+from qmpsnap.store.lease import Standing, in_words
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
 
@@ -83,7 +84,7 @@ class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 class Info(msgspec.Struct, frozen=True, kw_only=True):
     """*blockers*: everything that rules something out. *limits*: what the VM's control groups leave
-    for a snapshot."""
+    for a snapshot. *lease*: the other host that the VM belongs to on the store, if that tells."""
 
     vm: str
     qemu_version: str
@@ -101,6 +102,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     restorable_why: str
     blockers: list[Blocker] = []
     limits: Allowance | None = None
+    lease: Standing | None = None
 
 
 async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info:
@@ -109,6 +111,20 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
     Raises MonitorAbsent, MonitorBusy, VmBusy (also when its NBD server is somebody else's, and
     *changes* were asked for).
     """
+    asking = asyncio.create_task(owning.rival(roots, machine.name))
+    try:
+        found = await _asked(roots, machine, changes=changes)
+        lease = await asking
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    if lease is None:
+        return found
+    held = Blocker(of="snapshot", why=f"{machine.name} is not this host's: {in_words(lease)}")
+    return msgspec.structs.replace(found, lease=lease, blockers=[held, *found.blockers])
+
+
+async def _asked(roots: Roots, machine: Machine, *, changes: bool) -> Info:
     layers = roots.local.layers(machine.name)
     points = await asyncio.to_thread(read_points, roots.local, machine.name)
     await asyncio.to_thread(arrivals.refuse, roots, machine)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from qmpsnap.engine import configuration, execution, half, history, listing
+from qmpsnap.engine import configuration, execution, half, history, listing, owning
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.configuration import Configuration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE
 from qmpsnap.store.catalogue import Entry
+from qmpsnap.store.lease import Standing
 from qmpsnap.store.manifest import Storage
 from qmpsnap.store.points import read as read_points
 
@@ -33,6 +34,13 @@ class Reader:
     async def show(self, vm: str, word: str = listing.LATEST) -> half.Pair:
         """Both halves' manifests of one snapshot. Raises SnapshotUnknown, HalfMissing."""
         return await half.open_pair(self.roots, await listing.find(self.roots, vm, word))
+
+    async def rival(self, vm: str) -> Standing | None:
+        """The other host that *vm* belongs to on the store, by its lease; None if there is none.
+
+        Also when the store does not tell within five seconds.
+        """
+        return await owning.rival(self.roots, vm)
 
     async def revisions(self, vm: str, id: str) -> Sequence[Storage]:
         """The local half of the snapshot *id* at each of its revisions, the RAM's own first."""

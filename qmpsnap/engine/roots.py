@@ -11,13 +11,17 @@ from pathlib import Path
 from qmpsnap.config import LEASE, SHIP_RETRY
 from qmpsnap.errors import LeaseHeld, LocalFailed, StoreRefused
 from qmpsnap.host import filesystem
-from qmpsnap.store import holder
+from qmpsnap.ids import SnapshotId
+from qmpsnap.store import holder, naming
 from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.lease import Claimant, in_words
 from qmpsnap.store.remote import Store
 from qmpsnap.store.separate import refuse_same
 from qmpsnap.store.signature import Reason, Trust
+
+# where no root is asked for, and none is given: nothing is ever there (passwd(5), Debian)
+NOWHERE = Path("/nonexistent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,11 @@ class Roots:
         """The keys of this host."""
         return Keyring(self.keys or self.local.keys, host_id())
 
+    @property
+    def placed(self) -> bool:
+        """Whether there is a store at all; by its name, it is not looked at."""
+        return not self.store.root.path.is_relative_to(NOWHERE)
+
     def trust(self) -> Trust | None:
         """What a manifest has to be signed with, for the store as for a spool; None: nothing.
 
@@ -58,20 +67,26 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The store was looked at: *device* tells later whether it is still mounted."""
+    """The store was looked at: *device* tells later whether it is still mounted.
+
+    *newest* is the newest snapshot that it has of the VM, whichever host has taken it.
+    """
 
     trial: bool
     device: int
     store: filesystem.Filesystem
+    newest: SnapshotId | None = None
 
 
 async def judge(roots: Roots, own: str | None = None, *, dry: bool = False) -> Judged:
     """See that the two roots are two data stores (StoreRefused), and that the store answers.
 
     The VM *own* is this host's on the store then; *dry*: it could be. Raises LeaseHeld when it is
-    another one's; StoreError or StoreStalled when the store does not answer.
+    another one's; StoreRefused too when a root takes its name for another VM's; StoreError or
+    StoreStalled when the store does not answer.
     """
-    local = await asyncio.to_thread(_local, roots.local.path)
+    local = await asyncio.to_thread(_local, roots.local, own)
+    newest = None
     async with roots.store.lasting() as asked:
         store = await asked.examine()
         trial = refuse_same(local, store, allow_local=roots.allow_local_store)
@@ -82,7 +97,8 @@ async def judge(roots: Roots, own: str | None = None, *, dry: bool = False) -> J
             standing = await asked.own(own, who, "look" if dry else "take")
             if standing.holder is not None and not standing.ours:
                 raise LeaseHeld(f"{own} is not this host's on the store: {in_words(standing)}")
-    return Judged(trial=trial, device=store.device, store=store)
+            newest = SnapshotId(standing.newest) if standing.newest else None
+    return Judged(trial=trial, device=store.device, store=store, newest=newest)
 
 
 def refuse_on_store(keys: Path, store: Path) -> None:
@@ -108,9 +124,12 @@ def _on_store(keys: Path) -> StoreRefused:
     )
 
 
-def _local(path: Path) -> filesystem.Filesystem:
+def _local(root: LocalRoot, vm: str | None) -> filesystem.Filesystem:
+    path = root.path
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if vm is not None:
+            naming.refuse_alias(root, vm)
     except FileExistsError as odd:
         raise StoreRefused(f"the local root {path} is no folder") from odd
     except OSError as failed:

@@ -146,7 +146,7 @@ def verify(
             problems += ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
     listed = {MANIFEST, SIGNATURE, *(entry.name for entry in manifest.files)}
     extra = sorted(set(_walk(folder, folder)) - listed)
-    return problems + [wire.Problem(file=name, what="not in the manifest") for name in extra]
+    return problems + [wire.Problem(file=name, what=wire.EXTRA) for name in extra]
 
 
 def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Glanced:
@@ -249,6 +249,19 @@ def remove(
             progress(1, 0, f"removing {request.vm} {request.id}")
     if request.sweep:
         sweep(root, request.vm, progress, request.waiting, guard)
+
+
+def sign(root: StoreRoot, request: wire.Sign, guard: Callable[[], None] = _unguarded) -> None:
+    """Put a signature beside a manifest that has none; done twice is as good.
+
+    Raises what `signature.checked` does for both of them, StoreError, DamagedData.
+    """
+    content, _ = _sealed(root, request)
+    path, made = root.snapshot(request.vm, request.id) / SIGNATURE, request.signature.encode()
+    if request.trust is not None:
+        signature.checked(content, made, request.trust, path)
+    guard()
+    publish(path, made, side=StoreError)
 
 
 def sweep(

@@ -36,6 +36,17 @@ def holder(root: LocalRoot, machine: str) -> str:
         root.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.path.lexists(path):
             _make(path)
+    return _read(path, machine)
+
+
+def known(root: LocalRoot, machine: str) -> str | None:
+    """As `holder`, and nothing is made: None for a root that has never asked for a lease."""
+    with told(root.host, LocalFailed):
+        there = os.path.lexists(root.host)
+    return _read(root.host, machine) if there else None
+
+
+def _read(path: Path, machine: str) -> str:
     content = read_small(path, side=LocalFailed)
     version_of(content, "qmpsnap-host", 1, path)
     with readable(content, path):

@@ -20,7 +20,7 @@ import msgspec
 
 from qmpsnap.errors import DamagedData, LeaseHeld, LeaseLost, StoreError
 from qmpsnap.spelling import encode
-from qmpsnap.store import rival
+from qmpsnap.store import naming, rival
 from qmpsnap.store.files import NO_LINKS, make_folders, opened, sync_folder, told, write_all
 from qmpsnap.store.head import version_of
 from qmpsnap.store.layout import StoreRoot
@@ -62,7 +62,10 @@ class Claimant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a VM belongs to now: nobody where *holder* is None; *ends_in_s* by the store's clock."""
+    """Whom a VM belongs to now: nobody where *holder* is None; *ends_in_s* by the store's clock.
+
+    *newest* is its newest snapshot on the store, whole or not, whoever has taken it.
+    """
 
     vm: str
     holder: str | None = None
@@ -70,6 +73,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     since: str | None = None
     ends_in_s: float | None = None
     ours: bool = False
+    newest: str | None = None
 
 
 class Held:
@@ -126,9 +130,12 @@ def take(root: StoreRoot, vm: str, who: Claimant, *, by_force: bool = False) -> 
     """The lease of *vm*, if nobody else has it, or *by_force*.
 
     One that has run out by the store's clock is nobody's; nor is one that *who* has seen unchanged
-    for as long as it was to last. Raises LeaseHeld, which names the holder; StoreError.
+    for as long as it was to last. Raises LeaseHeld, which names the holder; StoreRefused when the
+    store takes *vm* for another VM; StoreError.
     """
     make_folders(root.lease(vm), root.path, side=StoreError)
+    with told(root.path, StoreError):
+        naming.refuse_alias(root, vm)  # another host may have made the folder just now
     lease = Lease(
         vm=vm, holder=who.holder, host=who.host, token=token_hex(16), term_s=who.term_s,
         since=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -151,25 +158,32 @@ def take(root: StoreRoot, vm: str, who: Claimant, *, by_force: bool = False) -> 
     raise StoreError(f"{root.lease(vm)}: too many want the lease at once")
 
 
-def look(root: StoreRoot, vm: str, who: Claimant) -> Standing:
-    """Whom *vm* belongs to; nothing is taken. Raises StoreError, ManifestError."""
+def look(root: StoreRoot, vm: str, who: Claimant, *, rivals: bool = False) -> Standing:
+    """Whom *vm* belongs to; nothing is taken. Raises StoreError, ManifestError.
+
+    With *rivals* only another one than *who* is told: nothing is written where that has it.
+    """
     folder = root.lease(vm)
     with told(folder, StoreError):
+        last = str(max(root.ids(vm), default="")) or None
         for _ in range(_TRIES):
             newest = _newest(root, vm)
             if not newest:
-                return Standing(vm=vm)
+                return Standing(vm=vm, newest=last)
             found = _read(_file(root, vm, newest))
             if found is None:
                 continue
             lease, mtime = found
+            if rivals and lease.holder == who.holder:
+                return Standing(vm=vm, newest=last)
             with _written(root, msgspec.structs.replace(lease, token=token_hex(16))) as (_, now):
                 left = lease.term_s - (now - mtime)
             if lease.given_up or left <= 0:
-                return Standing(vm=vm)
+                return Standing(vm=vm, newest=last)
             return Standing(
                 vm=vm, holder=lease.holder, host=lease.host, since=lease.since,
                 ends_in_s=round(left, 1), ours=lease.holder == who.holder,
+                newest=last,
             )  # fmt: skip
     raise StoreError(f"{folder}: the lease changes all the time")
 

@@ -173,11 +173,14 @@ class Store:
         await self._ask(request, type(None), on_progress)
 
     async def own(
-        self, vm: str, lease: Claimant, act: Literal["look", "take", "seize", "leave"] = "take"
+        self,
+        vm: str,
+        lease: Claimant,
+        act: Literal["look", "rival", "take", "seize", "leave"] = "take",
     ) -> Standing:
         """Whom *vm* belongs to after its lease was taken, seized from whoever has it, or left.
 
-        Raises LeaseHeld.
+        `rival` tells of others only, and is the cheapest. Raises LeaseHeld.
         """
         request = wire.Own(root=self._root(vm), vm=vm, lease=lease, act=act)
         return await self._ask(request, Standing)
@@ -198,6 +201,16 @@ class Store:
         """
         request = wire.Remove(
             root=self._root(vm, id), vm=vm, id=str(id), sweep=sweep, waiting=sorted(waiting),
+            lease=lease,
+        )  # fmt: skip
+        await self._ask(request, type(None))
+
+    async def sign(
+        self, vm: str, id: Id, signature: bytes, *, seal: str, lease: Claimant | None = None
+    ) -> None:
+        """Put *signature* beside the manifest with the digest *seal*. Raises DamagedData."""
+        request = wire.Sign(
+            root=self._root(vm, id), vm=vm, id=str(id), seal=seal, signature=signature.decode(),
             lease=lease,
         )  # fmt: skip
         await self._ask(request, type(None))

@@ -115,6 +115,13 @@ class Remove(Half, frozen=True, kw_only=True):
     lease: Claimant | None = None
 
 
+class Sign(Sealed, frozen=True, kw_only=True):
+    """*signature* is to be put beside the manifest. *lease*: as for Remove."""
+
+    signature: str
+    lease: Claimant | None = None
+
+
 class Sweep(Request, frozen=True, kw_only=True):
     """What snapshots of *vm* shared, and none needs any more, is to go.
 
@@ -127,11 +134,14 @@ class Sweep(Request, frozen=True, kw_only=True):
 
 
 class Own(Request, frozen=True, kw_only=True):
-    """Whose *vm* is: a look, or its lease is to be taken, seized from whoever has it, or left."""
+    """Whose *vm* is: a look, or its lease is to be taken, seized from whoever has it, or left.
+
+    `rival` is a look that tells of others only.
+    """
 
     vm: str
     lease: Claimant
-    act: Literal["look", "take", "seize", "leave"]
+    act: Literal["look", "rival", "take", "seize", "leave"]
 
 
 class Lost(Request, frozen=True, kw_only=True):
@@ -177,6 +187,7 @@ AnyRequest = (
     | Load
     | Fetch
     | Remove
+    | Sign
     | Sweep
     | Fill
     | Packs
@@ -239,6 +250,10 @@ class Listing(Struct, frozen=True, kw_only=True):
 
     found: list[Found]
     foreign: list[str]
+
+
+EXTRA = "not in the manifest"
+"""What is wrong with a file that nobody has asked for."""
 
 
 class Problem(Struct, frozen=True, kw_only=True):

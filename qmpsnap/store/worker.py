@@ -20,16 +20,16 @@ import msgspec
 
 from qmpsnap.errors import UNREADABLE, LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host.filesystem import Filesystem, examine
-from qmpsnap.store import half, lease, wire
+from qmpsnap.store import half, lease, naming, wire
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.sources import Sources
 
 _TELL_EVERY = 0.1  # seconds
-_PROBE = ".qmpsnap-probe"
 _sources, _checked = Sources(), Checked()
 _leases: dict[tuple[Path, str], lease.Held] = {}
+_apart: set[tuple[Path, str]] = set()  # VMs whose folder was seen to be their own
 
 
 def main() -> int:
@@ -65,6 +65,8 @@ def answer_to(request: wire.AnyRequest) -> Any:
     root = StoreRoot(Path(request.root))
     if isinstance(request, wire.Ship | wire.Verify):
         os.nice(10)  # nobody waits for these: the guests come first
+    if not isinstance(request, wire.Examine | wire.Catalogue):
+        _refuse_alias(root, request.vm)
     match request:
         case wire.Examine():
             return examine_root(root)
@@ -87,6 +89,9 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Remove():
             with _owned(root, request.vm, request.lease) as (progress, guard):
                 return half.remove(root, request, progress, guard)
+        case wire.Sign():
+            with _owned(root, request.vm, request.lease) as (_, guard):
+                return half.sign(root, request, guard)
         case wire.Sweep():
             with _owned(root, request.vm, request.lease) as (progress, guard):
                 return half.sweep(root, request.vm, progress, request.waiting, guard)
@@ -100,9 +105,16 @@ def answer_to(request: wire.AnyRequest) -> Any:
             if act == "leave":
                 _taken(root, vm, who).give_up()
                 del _leases[root.path, vm]
-            elif act != "look":
+            elif act not in {"look", "rival"}:
                 _taken(root, vm, who, by_force=act == "seize")
-            return lease.look(root, vm, who)
+            return lease.look(root, vm, who, rivals=act == "rival")
+
+
+def _refuse_alias(root: StoreRoot, vm: str) -> None:
+    if (root.path, vm) not in _apart:
+        naming.refuse_alias(root, vm)
+        if os.path.lexists(root.vm(vm)):
+            _apart.add((root.path, vm))
 
 
 def _taken(root: StoreRoot, vm: str, who: lease.Claimant, *, by_force: bool = False) -> lease.Held:
@@ -138,9 +150,9 @@ def _owned(
 
 
 def examine_root(root: StoreRoot) -> Filesystem:
-    """The facts of the store root, which must be a folder that takes a file.
+    """The facts of the store root, which must be a folder that takes a file of any name of ours.
 
-    Raises StoreRefused when it is no folder, StoreError when it takes none.
+    Raises StoreRefused when it is no folder, or knows no such names, StoreError when it takes none.
     """
     if not root.path.is_dir():
         raise StoreRefused(f"the store {root.path} is not there, or no folder: is it mounted?")
@@ -148,11 +160,7 @@ def examine_root(root: StoreRoot) -> Filesystem:
         facts = examine(root.path)
     except LocalFailed as failed:
         raise StoreError(str(failed)) from failed
-    probe = root.path / f"{_PROBE}.{os.getpid()}"
-    try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    finally:
-        probe.unlink(missing_ok=True)
+    naming.probe(root.path)
     return facts
 
 

@@ -24,7 +24,7 @@ VERBS = [
     "ship",
 ]
 VERBS += ["lease", "delete", "prune", "protect", "unprotect", "recover", "thaw", "run"]
-KEYS = ["keys show", "keys export", "keys import", "keys rotate", "keys forget"]
+KEYS = ["keys show", "keys export", "keys import", "keys rotate", "keys forget", "keys sign"]
 HEAVY = "qmpsnap.engine qmpsnap.hypervisor qmpsnap.store qmpsnap.host qmpsnap.config"
 HEAVY += " qemu psutil zstandard blake3 rich msgspec asyncio cryptography"
 _LOADED = """

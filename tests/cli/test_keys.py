@@ -108,6 +108,39 @@ async def test_the_key_of_another_host(program: Program, short: Path) -> None:
     assert "manifest.sig" not in {one["where"] for one in ran.record["findings"]}
 
 
+async def test_what_was_shipped_before_there_was_a_key(program: Program) -> None:
+    await shipped(program)
+    half = program.store / "web" / ID
+    (half / "manifest.sig").unlink()
+    ran = await program.run("show", "web", *program.roots, "--json")
+    assert (ran.code, "keys sign" in ran.error["hint"]) == (3, True)
+    ran = await program.ok("prune", "web", "--keep-last", 1, "--dry-run", *program.roots)
+    assert "untrusted: it is not signed" in ran.out
+    assert "`qmpsnap keys sign VM --all` signs" in ran.err
+    for words in ([], [ID, "--all"], ["--all", "--insecure", "foreign"], ["not-an-id"]):
+        ran = await program.run("keys", "sign", "web", *words, *program.roots)
+        assert ran.code == 2, words
+    ran = await program.ok("keys", "sign", "web", "--all", "--dry-run", *program.roots)
+    assert "would be signed, with the key" in ran.out
+    assert not (half / "manifest.sig").exists()
+    ran = await program.ok("keys", "sign", "web", ID, "--json", *program.roots)
+    assert shaped("keys-sign", ran.record)["outcome"] == "signed"
+    ran = await program.ok("list", "web", "--json", *program.roots)
+    assert ran.record["state"] == "paired"
+    ran = await program.ok("keys", "sign", "web", "--all", *program.roots)
+    assert (ran.out, "all that is on the store is signed" in ran.err) == ("", True)
+    ran = await program.ok("keys", "sign", "web", ID, *program.roots)
+    assert "was signed" in ran.out
+    ran = await program.ok("prune", "web", "--keep-last", 1, *program.roots)
+    assert "keys sign" not in ran.err
+    # the host that has it no more
+    (half / "manifest.sig").unlink()
+    ran = await program.run(
+        "keys", "sign", "web", ID, "--local", program.dir / "other", *program.roots[2:], "--json"
+    )
+    assert (ran.code, ran.error["code"]) == (3, "unsigned")
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

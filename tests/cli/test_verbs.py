@@ -321,3 +321,27 @@ async def test_metrics_of_good_and_bad_runs(program: Program, qemu72: Path) -> N
         nowhere = program.dir / "nowhere/web.prom"
         ran = await program.ok("refresh", "web", *program.roots, *reach, "--metrics-file", nowhere)
         assert "nowhere/web.prom" in ran.err
+
+
+async def test_show_and_info_name_another_host(program: Program, qemu72: Path) -> None:
+    await shipped(program)
+    shown = (await program.ok("show", "web", "--json", *program.roots)).record
+    assert shaped("show", shown)["lease"] is None
+    assert "belongs to" not in (await program.ok("show", "web", *program.roots)).out
+    elsewhere = ["--local", program.dir / "there", *program.roots[2:]]
+    ran = await program.ok("lease", "web", "--take", "--json", *elsewhere)
+    assert ran.record["newest"] == ID
+    shown = (await program.ok("show", "web", "--json", *program.roots)).record
+    assert shaped("show", shown)["lease"]["holder"] == ran.record["holder"]
+    text = (await program.ok("show", "web", *program.roots)).out
+    assert "lease" in text
+    assert f"it belongs to the host {ran.record['host']} ({ran.record['holder'][:8]})" in text
+    async with powered(program, qemu72) as vm:
+        words = ["info", "web", "--socket", vm.qmp, *program.roots]
+        told = shaped("info", (await program.ok(*words, "--json")).record)
+        assert told["lease"]["holder"] == ran.record["holder"]
+        lines = (await program.ok(*words)).out.splitlines()
+        assert any(re.match("lease +it belongs to the host", line) for line in lines)
+        assert any(re.match("snapshot +web is not this host's", line) for line in lines)
+        told = (await program.ok("info", "web", "--socket", vm.qmp, "--json")).record
+        assert told["lease"] is None  # no roots, no store to ask

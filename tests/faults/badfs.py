@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,29 @@ _MAX_WRITE = 128 << 10
 _MAX_PAGES, _BIG_WRITES = 1 << 22, 1 << 5
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """What a file system is like that does not fail: *folds*, it takes names that differ in case
+    for one; *lowers*, and writes them down small; *longest*: no name has more bytes; *ahead*: its
+    clock is by so many seconds, of which there may be less than none."""
+
+    folds: bool = False
+    lowers: bool = False
+    longest: int = 255
+    ahead: int = 0
+
+    def words(self) -> list[str]:
+        return [str(int(it)) for it in (self.folds, self.lowers, self.longest, self.ahead)]
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Manners:
+        folds, lowers, longest, ahead = map(int, words)
+        return cls(bool(folds), bool(lowers), longest, ahead)
+
+
+_GOOD = Manners()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +79,9 @@ class BadFs:
 
 
 @contextlib.contextmanager
-def badfs(path: Path, aside: Path, *, images: bool = True) -> Iterator[BadFs]:
+def badfs(
+    path: Path, aside: Path, *, images: bool = True, manners: Manners = _GOOD
+) -> Iterator[BadFs]:
     """A file system at *path* for the block, its content in *aside*. Needs root and /dev/fuse.
 
     Without *images*, all of its files fail, not only those of disks.
@@ -78,6 +103,7 @@ def badfs(path: Path, aside: Path, *, images: bool = True) -> Iterator[BadFs]:
         str(path),
         str(aside),
         "images" if images else "all",
+        *manners.words(),
     ]
     server = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE)
     assert server.stdout is not None
@@ -93,7 +119,8 @@ def badfs(path: Path, aside: Path, *, images: bool = True) -> Iterator[BadFs]:
 
 
 class _Server:
-    def __init__(self, aside: Path, *, images: bool) -> None:
+    def __init__(self, aside: Path, *, images: bool, manners: Manners) -> None:
+        self._manners = manners
         self._control, self._seen = aside / "control", aside / "seen"
         self._every = not images
         self._nodes = {1: os.open(aside / "content", os.O_PATH)}
@@ -116,9 +143,18 @@ class _Server:
         return struct.pack("<4I2H2I2H", *numbers).ljust(64, b"\0")
 
     def _lookup(self, node: int, body: bytes) -> bytes:
-        return self._entry(
-            os.open(_name(body), os.O_PATH | os.O_NOFOLLOW, dir_fd=self._nodes[node])
-        )
+        name = self._name(node, body)
+        return self._entry(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._nodes[node]))
+
+    def _name(self, node: int, body: bytes) -> bytes:
+        """How the first name in *body* is written down in a folder."""
+        name = body.split(b"\0", 1)[0]
+        if len(name) > self._manners.longest:
+            raise OSError(errno.ENAMETOOLONG, "")
+        if self._manners.folds:
+            there = (os.fsencode(one.name) for one in Path(self._path(node)).iterdir())
+            name = next((one for one in there if one.lower() == name.lower()), name)
+        return name.lower() if self._manners.lowers else name
 
     def _entry(self, fd: int) -> bytes:
         found = os.fstat(fd)
@@ -127,13 +163,22 @@ class _Server:
             os.close(fd)
         else:
             self._nodes[known] = fd  # while it is open, its number is not given again
-        return struct.pack("<4Q2I", known, 0, 0, 0, 0, 0) + _attr(found)
+        return struct.pack("<4Q2I", known, 0, 0, 0, 0, 0) + self._attr(found)
 
     def _path(self, node: int) -> str:
         return f"/proc/self/fd/{self._nodes[node]}"
 
+    def _attr(self, of: os.stat_result) -> bytes:
+        times = [at + self._manners.ahead * 10**9
+                 for at in (of.st_atime_ns, of.st_mtime_ns, of.st_ctime_ns)]  # fmt: skip
+        seconds, rest = [at // 10**9 for at in times], [at % 10**9 for at in times]
+        return _ATTR.pack(
+            of.st_ino, of.st_size, of.st_blocks, *seconds, *rest, of.st_mode, of.st_nlink,
+            of.st_uid, of.st_gid, 0, of.st_blksize, 0,
+        )  # fmt: skip
+
     def _getattr(self, node: int, _: bytes) -> bytes:
-        return struct.pack("<Q2I", 0, 0, 0) + _attr(os.fstat(self._nodes[node]))
+        return struct.pack("<Q2I", 0, 0, 0) + self._attr(os.fstat(self._nodes[node]))
 
     def _setattr(self, node: int, body: bytes) -> bytes:
         valid, _, _, size, _, atime, mtime, _, ans, mns, _, mode = struct.unpack_from(
@@ -145,8 +190,8 @@ class _Server:
         if valid & 8:
             os.truncate(path, size)
         if valid & 0x30:
-            now = time.time_ns()
-            times = [now if valid & bit else at for bit, at in
+            now, ahead = time.time_ns(), self._manners.ahead * 10**9
+            times = [now if valid & bit else at - ahead for bit, at in
                      ((0x80, atime * 10**9 + ans), (0x100, mtime * 10**9 + mns))]  # fmt: skip
             os.utime(path, ns=(times[0], times[1]))
         return self._getattr(node, b"")
@@ -154,21 +199,22 @@ class _Server:
     def _mkdir(self, node: int, body: bytes) -> bytes:
         self._new()
         mode, mask = struct.unpack_from("<2I", body)
-        os.mkdir(_name(body[8:]), mode & ~mask, dir_fd=self._nodes[node])
+        os.mkdir(self._name(node, body[8:]), mode & ~mask, dir_fd=self._nodes[node])
         return self._lookup(node, body[8:])
 
     def _unlink(self, node: int, body: bytes) -> bytes:
-        os.unlink(_name(body), dir_fd=self._nodes[node])
+        os.unlink(self._name(node, body), dir_fd=self._nodes[node])
         return b""
 
     def _rmdir(self, node: int, body: bytes) -> bytes:
-        os.rmdir(_name(body), dir_fd=self._nodes[node])
+        os.rmdir(self._name(node, body), dir_fd=self._nodes[node])
         return b""
 
     def _rename(self, node: int, body: bytes, skip: int = 8) -> bytes:
         self._new()
         (to,) = struct.unpack_from("<Q", body)
-        old, new = body[skip:].split(b"\0")[:2]
+        old, _, new = body[skip:].partition(b"\0")
+        old, new = self._name(node, old), self._name(to, new)
         os.rename(old, new, src_dir_fd=self._nodes[node], dst_dir_fd=self._nodes[to])
         return b""
 
@@ -180,9 +226,8 @@ class _Server:
     def _link(self, node: int, body: bytes) -> bytes:
         self._new()
         (old,) = struct.unpack_from("<Q", body)
-        os.link(
-            self._path(old), _name(body[8:]), dst_dir_fd=self._nodes[node], follow_symlinks=True
-        )
+        name = self._name(node, body[8:])
+        os.link(self._path(old), name, dst_dir_fd=self._nodes[node], follow_symlinks=True)
         return self._lookup(node, body[8:])
 
     def _open(self, node: int, body: bytes) -> bytes:
@@ -201,7 +246,7 @@ class _Server:
     def _create(self, node: int, body: bytes) -> bytes:
         self._new()
         flags, mode, mask, _ = struct.unpack_from("<4I", body)
-        name = _name(body[16:])
+        name = self._name(node, body[16:])
         wanted = flags & (os.O_ACCMODE | os.O_TRUNC | os.O_EXCL) | os.O_CREAT
         fd = os.open(name, wanted, mode & ~mask, dir_fd=self._nodes[node])
         return self._lookup(node, body[16:]) + self._opened(fd)
@@ -252,7 +297,9 @@ class _Server:
     def _statfs(self, node: int, _: bytes) -> bytes:
         told = os.statvfs(self._path(node))
         numbers = (told.f_blocks, told.f_bfree, told.f_bavail, told.f_files, told.f_ffree)
-        return struct.pack("<5Q4I24x", *numbers, told.f_bsize, told.f_namemax, told.f_frsize, 0)
+        return struct.pack(
+            "<5Q4I24x", *numbers, told.f_bsize, self._manners.longest, told.f_frsize, 0
+        )
 
     def _release(self, _: int, body: bytes) -> bytes:
         os.close(struct.unpack_from("<Q", body)[0])
@@ -287,26 +334,13 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _name(body: bytes) -> bytes:
-    return body.split(b"\0", 1)[0]
-
-
-def _attr(of: os.stat_result) -> bytes:
-    seconds = [int(at // 10**9) for at in (of.st_atime_ns, of.st_mtime_ns, of.st_ctime_ns)]
-    rest = [at % 10**9 for at in (of.st_atime_ns, of.st_mtime_ns, of.st_ctime_ns)]
-    return _ATTR.pack(
-        of.st_ino, of.st_size, of.st_blocks, *seconds, *rest, of.st_mode, of.st_nlink, of.st_uid,
-        of.st_gid, 0, of.st_blksize, 0,
-    )  # fmt: skip
-
-
-def _serve(path: Path, aside: Path, *, images: bool) -> None:
+def _serve(path: Path, aside: Path, *, images: bool, manners: Manners) -> None:
     fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
     if _libc.mount(b"badfs", os.fsencode(path), b"fuse", 0, options) != 0:
         raise OSError(ctypes.get_errno(), "mount")
     print("ready", flush=True)
-    server = _Server(aside, images=images)
+    server = _Server(aside, images=images, manners=manners)
     while True:
         try:
             request = os.read(fuse, _MAX_WRITE + 8192)
@@ -327,4 +361,5 @@ def _serve(path: Path, aside: Path, *, images: bool) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), Path(sys.argv[2]), images=sys.argv[3] == "images")
+    _, mounted, beside, which, *how = sys.argv
+    _serve(Path(mounted), Path(beside), images=which == "images", manners=Manners.of(how))

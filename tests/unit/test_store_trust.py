@@ -318,7 +318,8 @@ def test_no_store_is_made_that_asks_for_no_signature():
         for path in PACKAGE.rglob("*.py")
         for call in _calls(path, "Store")
     }
-    assert len(made) == 3  # the engine's, the feeder's, and the lasting one
+    # the engine's, the feeder's, the lasting one, and that of what is to be signed
+    assert len(made) == 4
     for path, call in made.items():
         assert "trust" in {word.arg for word in call.keywords}, path
     told = set(msgspec.json.schema(wire.AnyRequest)["$defs"]["Trust"]["properties"])  # type: ignore[arg-type]
