@@ -142,7 +142,8 @@ class Promises:
         cold = [] if nonce else ["--cold"]
         process = await plot.start("restore", VM, id, "--to", to, *cold)
         try:
-            async with Console.open(await _socket(to / "console.sock", process)) as console:
+            async with contextlib.AsyncExitStack() as stack:
+                console = await _answering(stack, to / "console.sock", process)
                 # what is typed before it runs is lost: the state that comes has another console
                 await console.until("^W ", within=120)
                 found = await console.witness(within=60)
@@ -163,13 +164,16 @@ class Promises:
 _WRITTEN_AGAIN = {"last.partial", "identity.json.partial", "usage.json.partial"}
 
 
-async def _socket(path: Path, process: Process) -> Path:
+async def _answering(stack: contextlib.AsyncExitStack, path: Path, process: Process) -> Console:
+    """The console of what *process* starts; its socket is there before it is listened to."""
     async with asyncio.timeout(60):
-        while not await asyncio.to_thread(path.exists):
-            if process.returncode is not None:
-                raise ConnectionError("restore has ended")
-            await asyncio.sleep(0.02)
-    return path
+        while True:
+            try:
+                return await stack.enter_async_context(Console.open(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                if process.returncode is not None:
+                    raise ConnectionError("restore has ended") from None
+                await asyncio.sleep(0.02)
 
 
 def _digests(folder: Path) -> dict[str, str]:
