@@ -112,7 +112,7 @@ async def booted(
         Console.open(dir / "console.sock") as console,
     ):
         await console.until("READY", within=120)
-        await console.witness(within=30)
+        await console.witness(within=60)
         yield Guest(process, console, dir, dir / "agent.sock", dir / "beat.sock", images)
 
 
