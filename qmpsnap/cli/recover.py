@@ -26,7 +26,7 @@ NotRestarted = Annotated[
     typer.Option(
         "--not-restarted",
         help="QEMU has ended and was not started since: asked for where QEMU and qmpsnap ended "
-        "together while an overlay of a copy went back into its disk.",
+        "together while an overlay of a copy went back into its disk. Default: that is not known.",
     ),
 ]
 

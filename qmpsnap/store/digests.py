@@ -64,7 +64,8 @@ def check(
     for name in (STORAGE, MERGED):
         if now.get(name) != noted.images.get(name):
             other = _OTHER.format(path) if name in now else "is missing"
-            found.append((name, f"{folder / name}: {other}"))
+            there = KEPT if name == STORAGE and os.path.lexists(folder / KEPT) else name
+            found.append((there, f"{folder / there}: {other}"))
     total = sum(_size(folder / name) for name in names if (folder / name).is_file())
     counter = _Counter(on_progress, total, "verifying")
     looked = ((name, _wrong(folder / name, noted.images.get(name), counter.add)) for name in names)

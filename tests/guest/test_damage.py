@@ -193,6 +193,16 @@ async def test_each_file_of_a_chain(chain: Engine, short: Path, name: str) -> No
     assert any(named in one or (folder in one and "json" in name) for one in told), told
 
 
+async def test_a_kept_manifest_that_can_still_be_read_is_told_by_its_name(
+    chain: Engine, short: Path
+) -> None:
+    path = short / f"local/web/{KEPT}/kept.json"
+    spoilt = path.read_bytes().replace(b"vda.qcow2", b"vda.qcow3")
+    with harmed(path, lambda it: it.write_bytes(spoilt)):
+        told = await found(chain)
+    assert any(f"{path}: its content" in one for one in told), told
+
+
 async def test_no_byte_of_a_manifest_is_too_small(chain: Engine, short: Path) -> None:
     """Where no other file tells the digest of a manifest, one beside it does."""
     for name in (f"{INC}/{REVISION}/storage.json", f"{INC}/{REVISION}/digests.json"):

@@ -9,7 +9,7 @@ import pytest
 from qmpsnap.hypervisor.machine.clones import clone
 from qmpsnap.hypervisor.machine.cmdline import parse
 from qmpsnap.hypervisor.monitor import connect
-from tests.qemu.test_machine_relocate import migrated
+from tests.qemu.test_machine_relocate import migrated, saved
 from tests.rig.qemu import VERSIONS, binary, running
 
 CARDS = ["virtio-net-pci", "e1000", "e1000-82544gc", "e1000e", "rtl8139", "ne2k_pci", "pcnet",
@@ -24,7 +24,7 @@ async def test_all_cards_take_their_state(version: str, tmp_path: Path) -> None:
         words += f" -device {card}"
     stream = tmp_path / "stream"
     async with running(qemu, *words.split(), directory=tmp_path) as vm, connect(vm.qmp) as monitor:
-        assert await migrated(monitor, "migrate", f"exec:cat >{stream}") == "completed"
+        await saved(monitor, stream)
     one = clone(parse([str(qemu), *words.split()]), (), of="web/1", number=1)
     assert len(one.macs) == len(CARDS) + (2 if version != "7.2" else 1)
     argv = [*one.cmdline.argv()[1:], "-incoming", "defer", "-S"]

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 from qmpsnap.hypervisor.monitor import Monitor, connect
-from tests.qemu.test_machine_relocate import migrated
+from tests.qemu.test_machine_relocate import migrated, saved
 from tests.rig.qemu import running
 
 SIZE = 32 << 20
@@ -39,7 +39,7 @@ async def test_a_new_generation_is_written_over_the_saved_one_and_told(qemu, tmp
                 await asyncio.sleep(0.1)
         await monitor.execute("stop")
         assert not await pending(monitor) & CHANGED
-        assert await migrated(monitor, "migrate", f"exec:cat >{stream}") == "completed"
+        await saved(monitor, stream)
     words = [*MACHINE, "-device", f"vmgenid,guid={now}", "-incoming", "defer", "-S"]
     async with running(qemu, *words, directory=new) as vm, connect(vm.qmp) as monitor:
         assert await migrated(monitor, "migrate-incoming", f"exec:cat {stream}") == "completed"

@@ -1,6 +1,7 @@
 """A machine is restored beside its living original, from nothing but its command line."""
 
 import asyncio
+import os
 import subprocess
 from pathlib import Path
 
@@ -66,6 +67,14 @@ async def migrated(monitor: Monitor, command: str, uri: str) -> str:
     return status
 
 
+async def saved(monitor: Monitor, stream: Path) -> None:
+    """The migration stream is in the file, whole: QEMU is done before who reads from it."""
+    end = stream.with_name(f"{stream.name} end")
+    os.mkfifo(end)
+    assert await migrated(monitor, "migrate", f"exec:cat >{stream}; : >'{end}'") == "completed"
+    assert await asyncio.to_thread(end.read_bytes) == b""
+
+
 async def told(monitor: Monitor) -> dict[str, object]:
     """What the guest can see of its machine, bus addresses and all."""
     found = await take(monitor)
@@ -91,7 +100,7 @@ async def test_relocated_machine_takes_the_state_beside_its_original(qemu, tmp_p
     async with running(qemu, *words, "-S", "-m", "32", directory=old) as vm:
         async with connect(vm.qmp) as monitor:
             was = await told(monitor)
-            assert await migrated(monitor, "migrate", f"exec:cat >{stream}") == "completed"
+            await saved(monitor, stream)
             before = {path.name: path.stat().st_size for path in old.iterdir()}
             attached = facts(vm.argv, old)
             moved = relocate(

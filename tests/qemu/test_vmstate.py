@@ -13,7 +13,7 @@ from qmpsnap.hypervisor.vmstate import migration, sections
 from qmpsnap.hypervisor.vmstate.join import join
 from qmpsnap.hypervisor.vmstate.split import Split, split
 from qmpsnap.hypervisor.vmstate.stream import Contents, examine
-from tests.qemu.test_machine_relocate import migrated
+from tests.qemu.test_machine_relocate import migrated, saved
 from tests.qemu.test_mapping import COUNTER, MIB, counted, counts_on, seen
 from tests.rig.qemu import VERSIONS, binary, running
 
@@ -69,7 +69,7 @@ def _alike(one: Contents, other: Contents) -> None:
 
 
 async def _taken(monitor: Monitor, stream: Path) -> Split:
-    assert await migrated(monitor, "migrate", f"exec:cat >{stream}") == "completed"
+    await saved(monitor, stream)
     return await asyncio.to_thread(_apart, stream)
 
 
