@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from qmpsnap import Engine, Machine
+from qmpsnap.engine.created import Created
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Encrypt, Level, RamChoice, Wishes
-from qmpsnap.errors import KeyMissing, SnapError
+from qmpsnap.errors import KeyMissing, NotShipped, SnapError, StoreError
 from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.store import keyfile
+from qmpsnap.store import keyfile, rampack
 from tests.faults.bench import options
 from tests.rig.guest import built
 from tests.rig.qemu import running
@@ -63,7 +64,9 @@ def clear(store: Path) -> set[bytes]:
     return {one for one in secret if any(one in content for content in lying(store).values())}
 
 
-async def brought_back(engine: Engine, id: str, to: Path, *, eager: bool = False) -> str:
+async def brought_back(
+    engine: Engine, id: str, to: Path, *, eager: bool = False, keep: bool = False
+) -> str:
     """Its way; the pattern is where it was."""
     ready = await engine.prepare_restore("vm", Restoration(to, eager=eager), id)
     async with engine.restored(ready) as back, connect(back.machine.socket) as monitor:
@@ -71,7 +74,10 @@ async def brought_back(engine: Engine, id: str, to: Path, *, eager: bool = False
         await monitor.execute("pmemsave", {"val": AT, "size": len(PATTERN), "filename": str(file)})
         assert file.read_bytes() == PATTERN
         assert back.ram is not None
-        return back.ram.value
+        way = back.ram.value
+    if not keep:
+        shutil.rmtree(to)
+    return way
 
 
 @pytest.mark.timeout(180)
@@ -102,7 +108,7 @@ async def test_nothing_of_the_machine_is_in_the_clear(
     assert manifest.identity.disks
     shutil.rmtree(short / WORD)
     for number, (id, eager) in enumerate([(first.id, True), (second.id, False)]):
-        await brought_back(ours, id, short / f"back{number}", eager=eager)
+        await brought_back(ours, id, short / f"back{number}", eager=eager, keep=True)
         (copy,) = (short / f"back{number}").glob("initrd*")
         assert copy.read_bytes() == PATTERN[::-1]
     # the page images that are kept here have another way, with an index that is encrypted
@@ -157,3 +163,81 @@ async def test_the_key_is_not_here(qemu72: Path, short: Path, store: Path) -> No
     assert await brought_back(theirs, made, to)
     (found,) = await verified(theirs)
     assert (found.findings, found.decrypted) == ([], True)
+
+
+@pytest.mark.timeout(240)
+async def test_keys_that_change_and_files_that_do(qemu72: Path, short: Path, store: Path) -> None:
+    """In the clear, encrypted, with a new key: side by side, and nothing of the one in another."""
+    ours = engine(short, store, ram_images=1)
+    made: list[str] = []
+    async with guest(qemu72, short) as vm:
+        kinds = Encrypt.NONE, Encrypt.STORE, Encrypt.NONE, Encrypt.STORE
+        made += [(await ours.create(vm, wishes(one))).id for one in kinds]
+        new, old = ours.secrets.rotate()
+        made += [(await ours.create(vm, wishes())).id for _ in range(2)]
+        entries = await ours.list("vm")
+        keys = [None, old.key, None, old.key, new.key, new.key]
+        assert [one.encryption for one in entries] == keys
+        packs = {}
+        for id, key in zip(made, keys, strict=True):
+            manifest = (await ours.show("vm", id)).manifest
+            packs[id] = {one.blake3 for one in manifest.packs}
+            files = [store / "vm/shared" / one for one in packs[id]]
+            assert {rampack.key_of(one, side=StoreError) for one in files} == {key}
+        assert packs[made[4]] <= packs[made[5]]
+        assert [one.findings for one in await verified(ours)] == [[]] * 6
+        # mapped from page images that are kept here, with an index that is encrypted; then without
+        assert await brought_back(ours, made[5], short / "b5") == "mapped"
+        shutil.rmtree(short / "local/vm/ram")
+        for id in (made[1], made[2]):
+            assert await brought_back(ours, id, short / f"b{id}") == "demand"
+        # the newest index is had from the store, then: what it tells of is not stored again
+        seventh = (await ours.create(vm, wishes())).id
+        shared = [one for one in (await ours.show("vm", seventh)).manifest.packs if not one.fresh]
+        assert shared
+        # files of two snapshots that were swapped, one that was altered, cut off, or a plain one
+        half, other = store / "vm" / made[4], store / "vm" / made[5]
+        for harm in (
+            lambda path: path.write_bytes((other / path.name).read_bytes()),
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\0"),
+            lambda path: path.write_bytes((store / "vm" / made[0] / path.name).read_bytes()),
+        ):
+            path = half / "machine.json"
+            kept = path.read_bytes()
+            harm(path)
+            found = await ours.verify("vm", made[4])
+            assert [one.where for one in found.findings] == ["machine.json"]
+            with pytest.raises(SnapError) as refused:
+                await ours.prepare_restore("vm", Restoration(short / "no"), made[4])
+            assert refused.value.exit_code == 7
+            assert not (short / "no").exists()
+            path.write_bytes(kept)
+        # what nobody needs any more goes, and what is left of packs is moved, key by key
+        for id in (made[0], made[1], made[4]):
+            await ours.delete(vm, id)
+        assert [one.findings for one in await verified(ours)] == [[]] * 4
+    for id in (made[3], seventh):
+        await brought_back(ours, id, short / f"c{id}", eager=True)
+
+
+async def test_it_waits_in_the_spool_as_it_will_lie_on_the_store(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    ours = engine(short, store)
+    async with guest(qemu72, short) as vm:
+        worker, ours.roots.store.command = ours.roots.store.command, ("false",)
+        with pytest.raises(NotShipped) as waiting:
+            await ours.create(vm, wishes())
+        ours.roots.store.command = worker
+    assert isinstance(waiting.value.created, Created)
+    id = waiting.value.created.id
+    spool = short / "local/vm" / id / "spool"
+    assert clear(spool) | clear(short / "local/vm/shared") == set()
+    assert (await verified(ours))[0].findings == []
+    await brought_back(ours, id, short / "back", eager=True)
+    assert (await ours.captured("vm", id)).options
+    delivered, failed = await ours.ship("vm")
+    assert ([one.id for one in delivered], failed) == ([id], [])
+    assert (await verified(ours))[0].findings == []
+    assert clear(store) == set()
+    await brought_back(ours, id, short / "again")
