@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -28,14 +28,20 @@ _LONGEST = 64  # characters of a figure: no more than a float can hold
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 T = TypeVar("T", bound=msgspec.Struct)
+Encrypt = Literal["none", "store"]
+"""What of snapshots is encrypted: nothing, or all files of the store half."""
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):
-    """The sockets of one VM; *ram_from*: other VMs whose RAM is not stored again for it."""
+    """The sockets of one VM; *ram_from*: other VMs whose RAM is not stored again for it.
+
+    *encrypt*: what of its snapshots is encrypted; None: as for all VMs.
+    """
 
     socket: Path
     agent_socket: Path | None = None
     ram_from: tuple[str, ...] = ()
+    encrypt: Encrypt | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +50,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     *ram_images*: of how many snapshots of a VM the RAM is kept on the local root, too, its pages
     in *ram_images_in* if that is given. *lease* in seconds: how long a VM is this host's on the
     store; *ship_retry*: for how long a delivery that gets no further is tried again. *keys*: the
-    folder of this host's keys.
+    folder of this host's keys. *encrypt*: what of snapshots is encrypted.
     """
 
     path: Path | None = None
@@ -57,6 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ram_images: int = RAM_IMAGES
     ram_images_in: Path | None = None
     keys: Path | None = None
+    encrypt: Encrypt = "none"
     vms: Mapping[str, Vm] = {}
 
 
@@ -64,6 +71,7 @@ class _VmTable(msgspec.Struct, frozen=True):
     socket: str
     agent_socket: str | None = None
     ram_from: list[str] = []
+    encrypt: Encrypt | None = None
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -76,6 +84,7 @@ class _File(msgspec.Struct, frozen=True):
     ram_images: int = RAM_IMAGES
     ram_images_in: str | None = None
     keys: str | None = None
+    encrypt: Encrypt = "none"
     vm: dict[str, dict[str, object]] = {}
 
 
@@ -124,6 +133,7 @@ def load(given: Path | None = None) -> Config:
         ram_images=file.ram_images,
         ram_images_in=_path(path, file.ram_images_in),
         keys=_path(path, file.keys),
+        encrypt=file.encrypt,
         vms={name: _vm(path, name, words) for name, words in file.vm.items()},
     )
 
@@ -177,6 +187,7 @@ def _vm(path: Path, name: str, words: dict[str, object]) -> Vm:
         socket=socket,
         agent_socket=_path(path, table.agent_socket),
         ram_from=tuple(table.ram_from),
+        encrypt=table.encrypt,
     )
 
 

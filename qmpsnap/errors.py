@@ -6,7 +6,7 @@ SnapError
  ├─ Refused (3)               refused before anything was touched
  │   ├─ VmUnknown, SnapshotUnknown, MonitorAbsent, MonitorBusy
  │   ├─ VmBusy, StoreRefused (LeaseHeld), Blocked
- │   ├─ KeyRefused
+ │   ├─ KeyRefused, KeyMissing
  │   └─ Untrusted: Unsigned, Foreign
  ├─ Failed (4)                tried, failed; the guest is as before, nothing is lost
  │   ├─ MonitorError: MonitorLost (QemuGone), ReplyMalformed
@@ -18,7 +18,7 @@ SnapError
  │   ├─ GuestLeftStopped, GuestStillFrozen, GuestLacksPages
  ├─ DamagedData (7)           what is on disk is not what the manifest says
  │   ├─ ManifestError, HalfMissing (PacksMissing), DigestMismatch, BaseChanged
- │   ├─ SignatureWrong
+ │   ├─ SignatureWrong, NotAuthentic
  └─ IllegalMove (4)           our own bug: a phase was skipped
 """
 
@@ -114,6 +114,10 @@ class Blocked(Refused):
 
 class KeyRefused(Refused):
     """A key of this host is not as safe as it has to be, or not to be had; nothing was changed."""
+
+
+class KeyMissing(Refused):
+    """What is asked for is encrypted with a key that this host has not; nothing was changed."""
 
 
 class Untrusted(Refused):
@@ -274,6 +278,10 @@ class SignatureWrong(DamagedData):
     """A manifest and its signature do not belong together: one of them was altered."""
 
     hint = "nothing accepts it: whole files of that name put it right, or another snapshot"
+
+
+class NotAuthentic(DamagedData):
+    """An encrypted file is not what was encrypted: altered, cut off, or put in another's place."""
 
 
 class BaseChanged(DamagedData):

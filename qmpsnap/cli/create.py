@@ -116,6 +116,16 @@ async def create(
             show_default=False,
         ),
     ] = None,
+    encrypt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Encrypt: none, or store (all files of the store half, with the key of this host "
+            "that `keys` shows; the local half is not). Default: `encrypt` of the configuration, "
+            "else none.",
+            show_default=False,
+        ),
+    ] = None,
     note: Annotated[
         str,
         typer.Option(
@@ -147,7 +157,7 @@ async def create(
     frozen) on this host; its RAM, devices and configuration go to the store. Prints the ID.
     """
     from qmpsnap.engine.created import Created
-    from qmpsnap.engine.wishes import Level, Quiesce, RamChoice, Wishes
+    from qmpsnap.engine.wishes import Encrypt, Level, Quiesce, RamChoice, Wishes
     from qmpsnap.errors import NotShipped
 
     wishes = Wishes(
@@ -163,6 +173,7 @@ async def create(
         pause=duration("--pause", pause),
         copying=copying(compress, speed_limit),
         ram_from=call.ram_from(vm, ram_from),
+        encrypt=choice("--encrypt", Encrypt, encrypt or call.encrypt(vm)),
     )
     engine, machine = call.engine(), call.machine(vm)
     if dry_run:
@@ -200,6 +211,7 @@ def _show(out: Output, made: Created) -> None:
         ("level", made.level),
         ("RAM", f"{made.ram} ({made.ram_reason})"),
         ("quiesce", made.quiesce),
+        ("encryption", f"with the key {made.encryption}" if made.encryption else None),
         *[(disk, f"{one.level} ({one.reason})") for disk, one in made.disks.items()],
         ("bytes", f"{in_bytes(made.bytes.disks)} of disks, {in_bytes(made.bytes.vmstate)} of "
                   f"vmstate, {in_bytes(made.bytes.shipped)} shipped"),

@@ -1,4 +1,4 @@
-"""`qmpsnap keys`: whose snapshots are trusted on this host."""
+"""`qmpsnap keys`: whose snapshots are trusted on this host, and what encrypts its own."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 ABOUT = """Show and change the keys that snapshots are signed with, and those that are trusted.
 
-Each host signs its snapshots with a key of its own, made when it takes the first one. It is in
-the folder `keys` of the configuration, else in .keys on the local root.
+Each host signs its snapshots with a key of its own, made when it takes the first one; what it
+encrypts, it encrypts with another one. Keys are in the folder `keys` of the configuration, else
+in .keys on the local root. Without the key that encrypted it a snapshot is lost: keep a copy.
 """
 EPILOG = """\b
 Examples:
@@ -38,11 +39,13 @@ Examples:
 Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
 """
 EXPORT_EPILOG = """\b
-Example:
+Examples:
   qmpsnap keys export > here.key
+  qmpsnap keys export --encryption /root/secret.key
 
 \b
-Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
+Exit codes: 0 done; 2 usage; 3 somebody else may touch a key, FILE is there already, or no
+such key is here; 4 failed; 7 a key is damaged.
 """
 IMPORT_EPILOG = """\b
 Examples:
@@ -50,13 +53,14 @@ Examples:
   qmpsnap keys import there.key
 
 \b
-Exit codes: 0 done, or it was trusted already; 2 usage; 3 it is no public key, or somebody
-else may touch a key; 4 failed; 7 a key is damaged.
+Exit codes: 0 done, or it was here already; 2 usage; 3 it is no such key, or somebody else
+may touch a key; 4 failed; 7 a key is damaged.
 """
 ROTATE_EPILOG = """\b
 Examples:
   qmpsnap keys rotate --dry-run
   qmpsnap keys rotate
+  qmpsnap keys rotate --encryption
 
 \b
 Exit codes: 0 done; 2 usage; 3 somebody else may touch a key; 4 failed; 7 a key is damaged.
@@ -96,11 +100,13 @@ app = typer.Typer(help=ABOUT, epilog=EPILOG, rich_markup_mode=None, no_args_is_h
 async def show(call: Call) -> None:
     """List the keys that are trusted: the one that signs, retired ones, those of other hosts.
 
-    The fingerprint is the BLAKE3 of the public key; the ID is its beginning.
+    Then those that decrypt, the one that encrypts now first. The ID is the beginning of the
+    fingerprint: the BLAKE3 of the public key, or what is derived from a secret one.
     """
     import asyncio
 
     known = await asyncio.to_thread(call.keyring().known)
+    known += await asyncio.to_thread(call.secrets().known)
     if call.out.json:
         for one in known:
             call.out.record(one)
@@ -117,7 +123,28 @@ async def show(call: Call) -> None:
 
 @app.command("export", epilog=EXPORT_EPILOG)
 @verb(sockets=False)
-async def export(call: Call) -> None:
+async def export(
+    call: Call,
+    *,
+    encryption: Annotated[
+        Path | None,
+        typer.Option(
+            "--encryption",
+            metavar="FILE",
+            help="Write the secret key that encrypts to this new file instead, mode 0600: who has "
+            "it can read the snapshots. Default: the public key, printed.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="With --encryption: this key. Default: the one that encrypts now.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Print the public half of the key that signs, for `keys import` on another host.
 
     It is no secret; but who carries it has to see to it that it arrives as it was. The key is made
@@ -125,8 +152,16 @@ async def export(call: Call) -> None:
     """
     import asyncio
 
+    from qmpsnap.errors import UsageError
     from qmpsnap.store import keyfile
 
+    if encryption is not None:
+        engine = call.engine(roots=call.settings.keys is None and call.local is None)
+        written = await asyncio.to_thread(engine.export_secret, encryption, key)
+        _tell(call.out, written, f"written to {written.path}, for its owner only")
+        return
+    if key is not None:
+        raise UsageError("--key is about --encryption")
     public = await asyncio.to_thread(call.keyring().public)
     if call.out.json:
         call.out.record(public)
@@ -149,19 +184,39 @@ async def import_(
 ) -> None:
     """Trust the snapshots of another host: those that are signed with the key in FILE.
 
-    Its ID and fingerprint are printed: compare them with what `keys show` prints on that host.
+    Or, where it is a key that encrypts, decrypt with it, too. ID and fingerprint are printed:
+    compare them with what `keys show` prints on that host.
     """
     import asyncio
 
+    from qmpsnap.store import keyfile
+
     ring = call.keyring()
     content = await asyncio.to_thread(_read, file)
+    if keyfile.is_secret(content):
+        key = await asyncio.to_thread(call.secrets().imported, file, dry_run=dry_run)
+        _tell(call.out, key, "would decrypt here, too" if dry_run else "decrypts here, too")
+        return
     key = await asyncio.to_thread(ring.imported, content, file, dry_run=dry_run)
     _tell(call.out, key, "would be trusted" if dry_run else "trusted")
 
 
 @app.command("rotate", epilog=ROTATE_EPILOG)
 @verb(sockets=False)
-async def rotate(call: Call, *, dry_run: DryRun = False) -> None:
+async def rotate(
+    call: Call,
+    *,
+    encryption: Annotated[
+        bool,
+        typer.Option(
+            "--encryption",
+            help="Encrypt with a new key from now on; the old one stays, for what it has "
+            "encrypted. Default: the key that signs.",
+            show_default=False,
+        ),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Sign with a new key from now on. The old one is retired: what it has signed stays trusted.
 
     The secret half of the old one is gone then. Where somebody may have read it, `keys forget` ends
@@ -170,6 +225,10 @@ async def rotate(call: Call, *, dry_run: DryRun = False) -> None:
     import asyncio
 
     from qmpsnap.cli.shapes import Rotated
+
+    if encryption:
+        await _rotate_encryption(call, dry_run=dry_run)
+        return
 
     ring = call.keyring()
     if dry_run:
@@ -210,6 +269,26 @@ async def forget(
 
     key = await asyncio.to_thread(call.keyring().forget, id, dry_run=dry_run)
     _tell(call.out, key, "would be trusted no more" if dry_run else "trusted no more")
+
+
+async def _rotate_encryption(call: Call, *, dry_run: bool) -> None:
+    import asyncio
+
+    from qmpsnap.cli.shapes import RotatedEncryption
+
+    ring = call.secrets()
+    if dry_run:
+        known = await asyncio.to_thread(ring.known)
+        new, old = None, next((one for one in known if one.role == "encrypts"), None)
+    else:
+        new, old = await asyncio.to_thread(ring.rotate)
+    if call.out.json:
+        call.out.record(RotatedEncryption(encrypts=new, decrypts=old))
+        return
+    if new is not None:
+        call.out.line(f"{new.key} encrypts from now on; {new.path}")
+    if old is not None:
+        call.out.line(f"{old.key} {'would decrypt' if dry_run else 'decrypts'} only")
 
 
 @app.command("sign", epilog=SIGN_EPILOG)
@@ -293,5 +372,5 @@ def _read(file: Path) -> bytes:
     except OSError as failed:
         raise KeyRefused(f"{file}: {failed.strerror}") from failed
     if len(content) > limit:
-        raise KeyRefused(f"not a public key: {file}: is larger than one")
+        raise KeyRefused(f"not a key: {file}: is larger than one")
     return content

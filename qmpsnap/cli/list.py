@@ -46,7 +46,8 @@ async def list_(call: Call, vm: options.OptionalVm = None) -> None:
     rows = []
     for one in entries:
         kept = "protected" if one.protected else ""
-        notes = "; ".join(word for word in (kept, one.note, one.why) if word)
+        encrypted = f"encrypted ({one.encryption})" if one.encryption else ""
+        notes = "; ".join(word for word in (kept, encrypted, one.note, one.why) if word)
         taken = (one.taken_at or "-").replace("T", " ").partition(".")[0]
         row = [one.id, one.state, taken, one.level or "-", one.ram or "-", in_ms(one.pause_ms)]
         rows.append([*([one.vm] if vm is None else []), *row, notes])

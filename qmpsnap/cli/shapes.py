@@ -104,6 +104,16 @@ class Rotated(Struct, frozen=True, kw_only=True):
     retired: Key | None
 
 
+class RotatedEncryption(Struct, frozen=True, kw_only=True):
+    """`keys rotate --encryption`: the key that *encrypts* now (None with --dry-run), the old one.
+
+    That one still *decrypts*.
+    """
+
+    encrypts: Key | None
+    decrypts: Key | None
+
+
 class Settled(Struct, frozen=True, kw_only=True):
     """`recover`: one debt that is settled, and what was done for it."""
 
@@ -213,8 +223,10 @@ KINDS: dict[str, type[Struct]] = {
     "run": Started,
     "keys-show": Key,
     "keys-export": Public,
+    "keys-export-encryption": Key,
     "keys-import": Key,
     "keys-rotate": Rotated,
+    "keys-rotate-encryption": RotatedEncryption,
     "keys-forget": Key,
     "keys-sign": Signing,
     "error": Failure,

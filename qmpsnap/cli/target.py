@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpsnap.engine.wishes import Copying
     from qmpsnap.hypervisor.machine.registry import Registered
     from qmpsnap.store.keyring import Keyring
+    from qmpsnap.store.secretring import SecretRing
 
 _ID = re.compile(r"\d{1,8}|\d{8}T\d{0,9}|\d{8}T\d{9}Z")
 C = TypeVar("C", bound=StrEnum)
@@ -118,6 +119,17 @@ class Call:
             if not is_vm_name(other):
                 raise UsageError(f"--ram-from: not a name for a VM: {other!r}")
         return tuple(given)
+
+    def encrypt(self, name: str) -> str:
+        """What of snapshots of *name* is encrypted, by the configuration. Raises ConfigError."""
+        known = self.settings.vms.get(name)
+        return (known.encrypt if known is not None else None) or self.settings.encrypt
+
+    def secrets(self) -> SecretRing:
+        """The keys of this host that files are encrypted with; raises as `keyring`."""
+        local = self.local or self.settings.local
+        self._root("local", local, needed=self.settings.keys is None)
+        return self.engine(roots=False).secrets
 
     def _root(self, word: str, path: Path | None, *, needed: bool) -> Path:
         if path is None and needed:

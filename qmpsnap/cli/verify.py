@@ -128,6 +128,9 @@ def _show(out: Output, found: Verified) -> None:
         return
     if not found.findings:
         told = f"; {found.signature.words}" if found.signature else ""
+        if found.encryption is not None:
+            lacking = "" if found.decrypted else ", which is not here: it was not decrypted"
+            told += f"; it is encrypted with the key {found.encryption}{lacking}"
         out.line(f"{found.vm} {found.id}: {found.state}, all is well{told}")
     if found.boot is not None and not found.boot.problem:
         out.line(_seen(found.boot))

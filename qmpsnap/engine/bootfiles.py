@@ -23,7 +23,8 @@ from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.machine import direct
 from qmpsnap.spelling import spelled
 from qmpsnap.store import files, shared
-from qmpsnap.store.manifest import Shared
+from qmpsnap.store.manifest import Plain, Shared
+from qmpsnap.store.secret import Secret
 
 log = logging.getLogger(__name__)
 _SLACK = 0.5  # seconds: clocks are read one after the other, and /proc counts in hundredths
@@ -75,8 +76,10 @@ def choices(pair: Pair, differing: Mapping[str, str], seen: Glanced) -> list[Cho
     ]
 
 
-async def taken(roots: Roots, facts: Survey) -> list[Shared]:
+async def taken(roots: Roots, facts: Survey, secret: Secret | None = None) -> list[Shared]:
     """What is to be listed in the manifest; a copy of each is on the local root afterwards.
+
+    With a *secret* they are encrypted with it.
 
     Reads what has changed since the last snapshot: not while the guest is held. What cannot be
     had is told, and is no reason to have no snapshot.
@@ -87,7 +90,7 @@ async def taken(roots: Roots, facts: Survey) -> list[Shared]:
     vm = facts.machine.name
     try:
         started = await asyncio.to_thread(process.started, facts.process.pid)
-        found, troubles = await in_background(shared.keep, roots.local, vm, wanted.values())
+        found, troubles = await in_background(shared.keep, roots.local, vm, wanted.values(), secret)
     except LocalFailed as failed:
         found, troubles = {}, dict.fromkeys(wanted.values(), str(failed))
         started = 0.0
@@ -102,8 +105,13 @@ async def taken(roots: Roots, facts: Survey) -> list[Shared]:
             log.warning(
                 "%s was changed after QEMU had read it: taken along as it is now", spelled(path)
             )
-        one = {"option": option, "path": spelled(path), "bytes": note.bytes, "blake3": note.blake3}
-        listed.append(msgspec.convert(one | {"as_started": as_started}, Shared))
+        copy = note.entry
+        one = {"option": option, "path": spelled(path), "bytes": copy.bytes, "blake3": copy.blake3}
+        file = msgspec.convert(one | {"as_started": as_started}, Shared)
+        if secret is not None:
+            plain = Plain(bytes=note.bytes, blake3=note.blake3)
+            file = msgspec.structs.replace(file, plain=plain)
+        listed.append(file)
     return listed
 
 
@@ -112,7 +120,7 @@ def _differing(listed: list[Shared]) -> dict[str, str]:
     for one in listed:
         path = Path(os.path.realpath(one.path))
         try:
-            files.expect(path, one.entry, side=LocalFailed)
+            files.expect(path, one.content, side=LocalFailed)
         except DamagedData:
             found[one.path] = "has another content by now"
         except LocalFailed as failed:

@@ -37,7 +37,7 @@ from qmpsnap.engine.plan import Plan, plan, wanted
 from qmpsnap.engine.roots import Judged, Roots, judge
 from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.unkept import called, kept
-from qmpsnap.engine.wishes import Wishes
+from qmpsnap.engine.wishes import Encrypt, Wishes
 from qmpsnap.errors import (
     LocalFailed,
     MonitorBusy,
@@ -53,6 +53,7 @@ from qmpsnap.store import identity, local
 from qmpsnap.store.manifest import Manifest, Shared, Storage
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
+from qmpsnap.store.secret import Secret
 
 log = logging.getLogger(__name__)
 _SEAL_WITHIN = 600.0
@@ -123,6 +124,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
         judged = await _judged(roots, machine.name)
         # a key that cannot be used is no reason to find out when all has been taken
         await asyncio.to_thread(roots.keyring.ready)
+        secret = await asyncio.to_thread(_secret, roots, wishes)
         async with met(roots, machine) as monitor:
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
             id = next_id(roots, machine, judged)
@@ -139,7 +141,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 rebind=wishes.rebind,
             )
             await asyncio.to_thread(layers.refuse_existing, made.disks)
-            boot = await bootfiles.taken(roots, facts)
+            boot = await bootfiles.taken(roots, facts, secret)
             debt = await journaled(roots, monitor, made, facts)
             folder = roots.local.spool(machine.name, id)
             try:
@@ -164,7 +166,7 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             lenders = wishes.ram_from if judged else None
             half, manifest = await _sealed(
                 roots, made, facts, captured, copied, used, wishes.note, trial, report, boot, held,
-                lenders,
+                lenders, secret,
             )  # fmt: skip
         except BaseException:
             await finish(given_up_later(roots, machine, debt, str(id)), within=3600)
@@ -184,6 +186,11 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
             log.warning("%s", trouble)
         await copies.digested(roots, machine.name, report)
     return created(roots, half, manifest, shipped=delivered.bytes)
+
+
+def _secret(roots: Roots, wishes: Wishes) -> Secret | None:
+    """The key that the store half is to be encrypted with. Raises as `SecretRing.current`."""
+    return None if wishes.encrypt is Encrypt.NONE else roots.secrets.current()
 
 
 async def _after(monitor: Monitor, facts: survey.Survey, roots: Roots) -> sample.Sample | None:
@@ -252,6 +259,7 @@ async def _sealed(
     boot: Sequence[Shared],
     held: tpm.Held | None,
     lenders: Sequence[str] | None,
+    secret: Secret | None,
 ) -> tuple[Storage, Manifest]:
     folder = roots.local.spool(made.vm, made.id)
     half = await asyncio.to_thread(spool.storage, made, captured, copied)
@@ -270,6 +278,7 @@ async def _sealed(
         lenders=lenders,
         shared=boot,
         held=held,
+        secret=secret,
     )
     # the store half is whole by now: with this file the snapshot exists
     # a thread goes on after a cancellation: it must not seal what is being undone meanwhile

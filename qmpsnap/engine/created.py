@@ -28,7 +28,10 @@ class CopiedDisk(msgspec.Struct, frozen=True):
 
 
 class Created(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot as `create --json` tells it. *ram_reason* says why it came to be that mode."""
+    """A snapshot as `create --json` tells it. *ram_reason* says why it came to be that mode.
+
+    *encryption*: the ID of the key that the store half is encrypted with, None if it is not.
+    """
 
     id: str
     vm: str
@@ -44,6 +47,7 @@ class Created(msgspec.Struct, frozen=True, kw_only=True):
     revision: int
     state: str
     disks: dict[str, CopiedDisk] = {}
+    encryption: str | None = None
 
 
 def created(roots: Roots, half: Storage, manifest: Manifest, *, shipped: int | None) -> Created:
@@ -72,4 +76,5 @@ def created(roots: Roots, half: Storage, manifest: Manifest, *, shipped: int | N
             disk.device: CopiedDisk(disk.level, disk.reason, disk.means, written[disk.device])
             for disk in half.disks
         },
+        encryption=manifest.key,
     )

@@ -42,18 +42,19 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.protect import Protection
 from qmpsnap.engine.reader import Reader, silent
-from qmpsnap.engine.roots import Roots, host_id, refuse_on_store
+from qmpsnap.engine.roots import Roots, host_id, refuse_key_on_store, refuse_on_store
 from qmpsnap.engine.verify import Verified
 from qmpsnap.engine.wishes import Copying, Quiesce, Wishes
 from qmpsnap.errors import MonitorAbsent, NotShipped, SnapError, UsageError, VmUnknown
 from qmpsnap.host import lock
 from qmpsnap.hypervisor.guest.quiesce import MAX_FREEZE
 from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.store.keyring import Keyring
+from qmpsnap.store.keyring import Key, Keyring
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.lease import Standing
 from qmpsnap.store.points import read as read_points
 from qmpsnap.store.remote import Store
+from qmpsnap.store.secretring import SecretRing
 from qmpsnap.store.signature import reasons
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,12 @@ class Engine(Reader):
         refuse_on_store(folder, there.path)
         roots = Roots(
             here,
-            Store(there, store_within, trust=partial(Keyring(folder, host_id()).trust, accepted)),
+            Store(
+                there,
+                store_within,
+                trust=partial(Keyring(folder, host_id()).trust, accepted),
+                keys=folder,
+            ),
             allow_local_store,
             ram_images,
             ram_images_in.absolute() if ram_images_in else None,
@@ -118,6 +124,20 @@ class Engine(Reader):
         Its methods read and write files; call them in a thread.
         """
         return self.roots.keyring
+
+    @property
+    def secrets(self) -> SecretRing:
+        """The keys of this host that files are encrypted with. Call its methods in a thread."""
+        return self.roots.secrets
+
+    def export_secret(self, to: Path, key: str | None = None) -> Key:
+        """Write a key that files are encrypted with to the new file *to*, for another host.
+
+        It is the one called *key*, else the one that encrypts now, made if there is none. Blocks.
+        Raises StoreRefused for a file on the store, and as `SecretRing.exported`.
+        """
+        refuse_key_on_store(to, self.roots.store.root.path)
+        return self.roots.secrets.exported(to, key)
 
     async def plan(self, machine: Machine, wishes: Wishes | None = None) -> Plan:
         """What `create` would do now, nothing done. Raises Refused."""

@@ -54,14 +54,17 @@ class _Feeder:
     def __init__(self, order: Order, ours: asyncio.StreamWriter) -> None:
         self._order, self._ours = order, ours
         self._arrival = arrivals.read(Path(order.note))
+        local, keys = LocalRoot(Path(order.local)), Path(order.keys) if order.keys else None
         self._roots = Roots(
-            LocalRoot(Path(order.local)),
+            local,
             Store(
                 StoreRoot(Path(order.store)),
                 order.within,
                 command=order.command,
                 trust=_trusting(order.trust, self._arrival),
+                keys=keys or local.keys,
             ),
+            keys=keys,
         )
         self._told_at = 0.0
         self._now = (0, 0, "")

@@ -63,7 +63,7 @@ class Talk:
         order = Order(
             note=str(note), local=str(roots.local.path), store=str(store.root.path),
             within=store.within, command=list(store.command), wire=wire,
-            trust=trust,
+            trust=trust, keys=str(roots.keys) if roots.keys is not None else None,
         )  # fmt: skip
         self._writer.write(msgspec.json.encode(order) + b"\n")
 

@@ -63,6 +63,11 @@ async def _assessed(roots: Roots, vm: str, word: str, wish: Restoration) -> Asse
     found = Assessed(pair, wish)
     if pair.signed is not None and pair.signed.verdict != "trusted":
         found.differs("signature", f"{pair.signed.words}, and accepted as it is")
+    if (key := pair.manifest.key) is not None:
+        with found.row("encryption", f"key {key}", "the key is here"):
+            await asyncio.to_thread(roots.secrets, key)
+        if found.errors:
+            return found  # nothing of it can be read
     with found.row("revision", str(pair.storage.revision), "there"):
         pair = replace(pair, storage=restoration.storage_of(pair, points, wish))
         found.pair = pair

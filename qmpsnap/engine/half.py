@@ -15,14 +15,17 @@ from qmpsnap.errors import (
     DamagedData,
     DigestMismatch,
     HalfMissing,
+    KeyMissing,
     LocalFailed,
     SnapError,
     StoreError,
 )
-from qmpsnap.store import files, filling, local, pack, ramhalf, signature
+from qmpsnap.store import contents, files, filling, local, ramhalf, ramindex, signature
 from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.filling import Filled, Span
-from qmpsnap.store.manifest import FileEntry, Manifest, Ram, Storage, decode
+from qmpsnap.store.layout import MANIFEST
+from qmpsnap.store.manifest import FileEntry, Manifest, Storage, decode
+from qmpsnap.store.ramindex import Index
 from qmpsnap.store.shelf import Shelf
 from qmpsnap.store.signature import Signed
 from qmpsnap.store.wire import Problem, error
@@ -61,12 +64,15 @@ class Pair:
     signed: Signed | None = None
 
     async def read(self, name: str) -> str:
-        """The text of a small file of the store half, checked. Raises DamagedData, StoreError."""
+        """The text of a small file of the store half, checked.
+
+        Raises DamagedData, StoreError, KeyMissing.
+        """
         if not self.spooled:
             return await self.roots.store.read(self.vm, self.id, name, seal=self.seal)
         path, entry = self.roots.local.spool(self.vm, self.id) / name, self.entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
-        return (await asyncio.to_thread(files.read_small, path, side=LocalFailed)).decode()
+        return await asyncio.to_thread(self._text, path, entry)
 
     async def glance(self, *names: str, whole: Sequence[str] = ()) -> Glanced:
         """The texts of the small files *names*, and whether all others are there.
@@ -152,11 +158,17 @@ class Pair:
     ) -> Filled:
         local = self.roots.local
         path = local.spool(self.vm, self.id) / str(self.manifest.ram.index)
-        index = ramhalf.index_of(self.manifest, path, side=LocalFailed)
+        keys = self.roots.secrets
+        index = ramhalf.index_of(self.manifest, path, side=LocalFailed, keys=keys)
+
+        def near_index(path: Path) -> Index:
+            return ramindex.read(path, side=LocalFailed, keys=keys)
+
         with Shelf([(local.shared(self.vm), LocalFailed)]) as shelf:
             return filling.fill(
-                index, shelf, to, near=near, spans=spans, on_progress=tell, cancelled=cancelled
-            )
+                index, shelf, to, near=near, near_index=near_index, spans=spans,
+                on_progress=tell, cancelled=cancelled,
+            )  # fmt: skip
 
     def spooled_at(self, entry: FileEntry) -> Path:
         """Where a file lies while the store half waits in the spool."""
@@ -170,6 +182,11 @@ class Pair:
         packs = {pack.blake3 for pack in self.manifest.packs}
         return [one for one in self.manifest.listed if one.blake3 not in packs]
 
+    def _text(self, path: Path, entry: FileEntry) -> str:
+        stored = files.read_small(path, side=LocalFailed)
+        content = contents.content(self.manifest, entry, stored, self.roots.secrets, path)
+        return content.decode()
+
     def _glance(self, names: Sequence[str], whole: Sequence[str]) -> Glanced:
         found = Glanced({}, {})
         for entry in self.plain:
@@ -181,16 +198,26 @@ class Pair:
                 files.expect(path, entry, side=LocalFailed)
                 if entry.name not in names:
                     continue
-                found.texts[entry.name] = files.read_small(path, side=LocalFailed).decode()
+                found.texts[entry.name] = self._text(path, entry)
             except (DamagedData, LocalFailed) as odd:
                 found.wrong[entry.name] = odd
         return found
 
     async def fetch(self, entry: FileEntry, to: Path) -> None:
-        """Publish a checked copy of a file at *to*. Raises DamagedData, StoreError, LocalFailed."""
+        """Publish a checked copy of a file at *to*, decrypted.
+
+        Raises DamagedData, StoreError, LocalFailed, KeyMissing.
+        """
         if not self.spooled:
             store = self.roots.store
             await store.fetch(self.vm, self.id, entry.name, to, seal=self.seal)
+            return
+        if self.manifest.key is not None:
+            path, keys = self.spooled_at(entry), self.roots.secrets
+            await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
+            await asyncio.to_thread(
+                contents.copy, self.manifest, entry, path, to, keys, side=LocalFailed
+            )
             return
         await asyncio.to_thread(
             files.copy_verified,
@@ -214,7 +241,7 @@ class Pair:
             report("loading RAM", done, total)
 
         if near is not None and await asyncio.to_thread(_is, near, self.entry(name)):
-            await asyncio.to_thread(_unpack, near, os.dup(fd), self.manifest.ram, tell)
+            await asyncio.to_thread(self._unpack, near, os.dup(fd), self.entry(name), tell)
             return
         if not self.spooled:
             store = self.roots.store
@@ -223,7 +250,14 @@ class Pair:
         path, entry = self.roots.local.spool(self.vm, self.id) / name, self.entry(name)
         await asyncio.to_thread(files.expect, path, entry, side=LocalFailed)
         # a thread goes on when its waiter is cancelled: it must own what it writes to
-        await asyncio.to_thread(_unpack, path, os.dup(fd), self.manifest.ram, tell)
+        await asyncio.to_thread(self._unpack, path, os.dup(fd), entry, tell)
+
+    def _unpack(self, path: Path, fd: int, entry: FileEntry, tell: files.Progress) -> None:
+        keys = self.roots.secrets
+        try:
+            contents.load(self.manifest, entry, path, fd, keys, side=LocalFailed, progress=tell)
+        finally:
+            os.close(fd)
 
     def entry(self, name: str) -> FileEntry:
         """What is listed under *name*. Raises HalfMissing."""
@@ -240,20 +274,6 @@ def _is(path: Path, entry: FileEntry) -> bool:
     return True
 
 
-def _unpack(path: Path, fd: int, ram: Ram, tell: files.Progress) -> None:
-    try:
-        pack.unpack_to_fd(
-            path,
-            fd,
-            raw_bytes=ram.raw_bytes,
-            raw_blake3=ram.raw_blake3,
-            side=LocalFailed,
-            on_progress=tell,
-        )
-    finally:
-        os.close(fd)
-
-
 async def open_pair(roots: Roots, entry: Entry) -> Pair:
     """Both halves of *entry*. Raises HalfMissing with the reason when it is not whole.
 
@@ -268,6 +288,7 @@ async def open_pair(roots: Roots, entry: Entry) -> Pair:
         manifest, seal, signed = await asyncio.to_thread(
             local.read_spooled, roots.local, entry.vm, entry.id, trust
         )
+        manifest = await asyncio.to_thread(_told, roots, manifest)
         return Pair(roots, entry.vm, entry.id, storage, manifest, seal, spooled=True, signed=signed)
     # what the store says now is believed only if it is what the local half noted when it shipped
     paired = await asyncio.to_thread(local.read_paired, roots.local, entry.vm, entry.id)
@@ -282,7 +303,16 @@ async def open_pair(roots: Roots, entry: Entry) -> Pair:
         raise DigestMismatch(f"{path}: is not the manifest that was shipped")
     signature.refuse(found.signed, str(path.parent))
     manifest = decode(found.manifest.encode(), Manifest, path)
+    manifest = await asyncio.to_thread(_told, roots, manifest)
     seal = paired.manifest_blake3
     return Pair(
         roots, entry.vm, entry.id, storage, manifest, seal, spooled=False, signed=found.signed
     )
+
+
+def _told(roots: Roots, manifest: Manifest) -> Manifest:
+    """With what it has sealed, where the key is here. Raises DamagedData."""
+    try:
+        return contents.unsealed(manifest, roots.secrets, f"{manifest.vm} {manifest.id} {MANIFEST}")
+    except KeyMissing:
+        return manifest

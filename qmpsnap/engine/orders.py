@@ -12,7 +12,8 @@ GO = b"go\n"
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What to bring: the *note* of an arrival, the two roots, whom to *trust*, and the descriptor
+    """What to bring: the *note* of an arrival, the two roots, whom to *trust*, the folder of the
+    *keys*, where that is not on the local root, and the descriptor
     of our end of the migration; None: QEMU has lost its source, and is to take us for a new one."""
 
     note: str
@@ -22,6 +23,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     command: list[str]
     wire: int | None
     trust: Trust | None
+    keys: str | None = None
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

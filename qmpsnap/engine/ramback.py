@@ -160,7 +160,8 @@ async def _wrong(pair: Pair, memory: Memory, report: Report) -> str:
     def tell(done: int, total: int, what: str) -> None:
         report("checking RAM", done, total)
 
-    found = await in_background(pages.wrong, memory.folder, pair.entry(INDEX).blake3, tell)
+    digest, keys = pair.entry(INDEX).blake3, pair.roots.secrets
+    found = await in_background(pages.wrong, memory.folder, digest, tell, keys)
     return "".join(found[:1])
 
 

@@ -29,7 +29,9 @@ class Known:
     lent: list[tuple[str, Index]] = field(default_factory=list)
 
 
-async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
+async def known(
+    roots: Roots, vm: str, lenders: Sequence[str] | None, key: str | None = None
+) -> Known:
     """Where chunks lie that need not be stored again: by indexes kept here, else by the store's.
 
     A pack that the store has not any more, or that was damaged when it was last read, is left out:
@@ -37,8 +39,17 @@ async def known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
     packs are taken to be there (shipping finds out), and those of others are not.
 
     It is not asked at all where *lenders* is None, as it did not answer before. Empty when nobody
-    can tell: all chunks are stored anew then.
+    can tell: all chunks are stored anew then. Only what is encrypted with the *key* counts; if that
+    is None, only what is not encrypted.
     """
+    every = await _known(roots, vm, lenders)
+    return Known(
+        [one for one in every.own if one.chunks.key == key],
+        [(other, one) for other, one in every.lent if one.chunks.key == key],
+    )
+
+
+async def _known(roots: Roots, vm: str, lenders: Sequence[str] | None) -> Known:
     found, here = Known(), await asyncio.to_thread(_indexes_here, roots, vm)
     if lenders is None:
         return Known(await asyncio.to_thread(_held, roots, vm, here))
@@ -127,7 +138,9 @@ def _indexes_here(roots: Roots, vm: str, *, paired: bool = False) -> list[Index]
             if paired and local.read_paired(roots.local, vm, path.parent.name) is None:
                 continue
             note = pages.read(path.parent)
-            found.append(ramindex.read(path, side=LocalFailed, blake3=note.index_blake3))
+            digest = note.index_blake3
+            index = ramindex.read(path, side=LocalFailed, blake3=digest, keys=roots.secrets)
+            found.append(index)
         except SnapError as odd:
             log.info("%s", odd)
     return found
@@ -139,7 +152,8 @@ async def _fetched(roots: Roots, store: Store, vm: str, id: str, seal: str) -> l
         with tempfile.TemporaryDirectory(dir=roots.local.path) as folder:
             path = Path(folder) / filling.INDEX
             await store.fetch(vm, id, INDEX, path, seal=seal)
-            return [await asyncio.to_thread(ramindex.read, path, side=LocalFailed)]
+            keys = roots.secrets
+            return [await asyncio.to_thread(ramindex.read, path, side=LocalFailed, keys=keys)]
     except StoreError:
         raise
     except SnapError as odd:

@@ -21,10 +21,13 @@ from qmpsnap.engine.capture import Report
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, LocalFailed, StreamUnknown
 from qmpsnap.host.priority import in_background, stoppable
-from qmpsnap.store import chunking, files, filling, pack, pages
+from qmpsnap.store import box, chunking, files, filling, pack, pages
+from qmpsnap.store.box import Role
+from qmpsnap.store.chunks import PLAIN, Chunks, Encrypted
 from qmpsnap.store.files import told
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack, Ram
 from qmpsnap.store.ramindex import NAME as INDEX
+from qmpsnap.store.secret import Secret
 
 if TYPE_CHECKING:
     from qmpsnap.hypervisor.vmstate.split import Make, Split
@@ -51,17 +54,20 @@ async def stored(
     ram: Ram,
     report: Report,
     lenders: Sequence[str] | None = (),
+    secret: Secret | None = None,
 ) -> Stored:
     """The stream *raw* becomes what *folder*, a spool, has of it; *raw* goes.
 
     Its pages lie in the VM's folder for them afterwards, not sealed yet, their chunks, as far as
     no earlier snapshot has brought them, in packs that wait to be shipped. A stream that we do not
     know all of is stored whole. Nor is stored again what the newest snapshots of *lenders* have
-    brought, which are other VMs of the store; None when the store does not answer.
+    brought, which are other VMs of the store; None when the store does not answer. With a *secret*
+    all of it is encrypted, and shared with what the same key has encrypted only; not so the pages.
 
     Raises LocalFailed.
     """
     work = roots.local.ram(vm, id)
+    sealing = _Sealing(vm, id, secret)
     await asyncio.to_thread(files.make_folders, work, roots.local.path, side=LocalFailed)
     await asyncio.to_thread(files.make_folders, folder / "vmstate", folder, side=LocalFailed)
     try:
@@ -73,13 +79,14 @@ async def stored(
         # QEMU may well load what we make no sense of; as one stream it is all that it was
         log.warning("the RAM of %s %s is stored whole, as one stream: %s", vm, id, strange)
         await asyncio.to_thread(pages.forget, roots.local, vm, id)
-        return await _whole(raw, folder, ram, report)
+        return await _whole(raw, folder, ram, report, sealing)
     await asyncio.to_thread(raw.unlink)
     if not apart.images:  # a machine of a few MiB
-        whole = await _whole(apart.stream, folder, ram, report)
+        whole = await _whole(apart.stream, folder, ram, report, sealing)
         await asyncio.to_thread(pages.forget, roots.local, vm, id)
         return whole
-    known = await ramknown.known(roots, vm, lenders)
+    chunks: Chunks = PLAIN if secret is None else Encrypted(secret)
+    known = await ramknown.known(roots, vm, lenders, chunks.key)
     shared = roots.local.shared(vm)
     await asyncio.to_thread(files.make_folders, shared, roots.local.path, side=LocalFailed)
 
@@ -93,19 +100,22 @@ async def stored(
             known.own,
             lent=known.lent,
             stored_pages=[one.stored_pages for one in apart.images],
+            chunks=chunks,
             on_progress=tell,
             cancelled=stop,
         )
     )
+    content = sealing.content(INDEX, kept.index)
     for path in (work / filling.INDEX, folder / INDEX):
-        await asyncio.to_thread(files.publish, path, kept.index, side=LocalFailed)
+        await asyncio.to_thread(files.publish, path, content, side=LocalFailed)
     small = await in_background(pack.compress, apart.stream, folder / STREAM)
+    stream = await in_background(sealing.stream, folder / STREAM, small)
     await asyncio.to_thread(apart.stream.unlink)
     # what a restore that maps the pages needs besides: it need not come from the store, either
     await asyncio.to_thread(_beside, folder / STREAM, work / filling.STREAM)
-    index = FileEntry(name=INDEX, bytes=len(kept.index), blake3=files.digest_bytes(kept.index))
+    index = FileEntry(name=INDEX, bytes=len(content), blake3=files.digest_bytes(content))
     ram = msgspec.structs.replace(_with_stream(ram, small), index=INDEX, images=list(kept.images))
-    return Stored(ram, [_entry(small), index], list(kept.packs))
+    return Stored(ram, [stream, index], list(kept.packs))
 
 
 async def sealed(roots: Roots, vm: str, manifest: Manifest) -> None:
@@ -166,13 +176,14 @@ def _beside(stream: Path, copy: Path) -> None:
             shutil.copyfile(stream, copy)
 
 
-async def _whole(raw: Path, folder: Path, ram: Ram, report: Report) -> Stored:
+async def _whole(raw: Path, folder: Path, ram: Ram, report: Report, sealing: _Sealing) -> Stored:
     def tell(done: int, total: int, what: str) -> None:
         report("packing RAM", done, total)
 
     packed = await in_background(pack.compress, raw, folder / STREAM, on_progress=tell)
     await asyncio.to_thread(raw.unlink)
-    return Stored(_with_stream(ram, packed), [_entry(packed)], [])
+    stream = await in_background(sealing.stream, folder / STREAM, packed)
+    return Stored(_with_stream(ram, packed), [stream], [])
 
 
 def _with_stream(ram: Ram, packed: pack.Packed) -> Ram:
@@ -181,5 +192,23 @@ def _with_stream(ram: Ram, packed: pack.Packed) -> Ram:
     )
 
 
-def _entry(packed: pack.Packed) -> FileEntry:
-    return FileEntry(name=STREAM, bytes=packed.bytes, blake3=packed.blake3)
+@dataclass(frozen=True, slots=True)
+class _Sealing:
+    """What of a snapshot is encrypted with *secret*; nothing without."""
+
+    vm: str
+    id: str
+    secret: Secret | None
+
+    def content(self, name: str, content: bytes) -> bytes:
+        if self.secret is None:
+            return content
+        return box.sealed_bytes(content, self.secret, Role(self.vm, self.id, name))
+
+    def stream(self, path: Path, packed: pack.Packed) -> FileEntry:
+        """The entry of the stream, which is *packed* in the file *path*. Raises LocalFailed."""
+        size, digest = packed.bytes, packed.blake3
+        if self.secret is not None:
+            role = Role(self.vm, self.id, STREAM)
+            size, digest = box.seal_over(path, self.secret, role, side=LocalFailed)
+        return FileEntry(name=STREAM, bytes=size, blake3=digest)

@@ -17,6 +17,7 @@ from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.lease import Claimant, in_words
 from qmpsnap.store.remote import Store
+from qmpsnap.store.secretring import SecretRing, ring
 from qmpsnap.store.separate import refuse_same
 from qmpsnap.store.signature import Reason, Trust
 
@@ -56,6 +57,11 @@ class Roots:
     def placed(self) -> bool:
         """Whether there is a store at all; by its name, it is not looked at."""
         return not self.store.root.path.is_relative_to(NOWHERE)
+
+    @property
+    def secrets(self) -> SecretRing:
+        """The keys of this host that files are encrypted with."""
+        return ring(self.keys or self.local.keys, host_id())
 
     def trust(self) -> Trust | None:
         """What a manifest has to be signed with, for the store as for a spool; None: nothing.
@@ -109,6 +115,16 @@ def refuse_on_store(keys: Path, store: Path) -> None:
     for one in (keys, keys.resolve()):
         if Path(os.path.normpath(one)).is_relative_to(os.path.normpath(store)):
             raise _on_store(keys)
+
+
+def refuse_key_on_store(path: Path, store: Path) -> None:
+    """Raises StoreRefused when the file *path*, a secret key, would be below the folder *store*."""
+    for one in (path.absolute(), path.parent.resolve() / path.name):
+        if Path(os.path.normpath(one)).is_relative_to(os.path.normpath(store)):
+            raise StoreRefused(
+                f"{path}: the key would lie on the store, whose files it is to keep secret",
+                hint="name a file of this host, or of what you carry it on",
+            )
 
 
 def _refuse_on(keys: Path, device: int) -> None:

@@ -152,9 +152,11 @@ async def _made_again(
 
     def work(stop: Callable[[], bool]) -> dict[str, Named]:
         files.make_folders(to, roots.local.path, side=LocalFailed)
-        index = ramindex.read(path, side=LocalFailed)
+        index = ramindex.read(path, side=LocalFailed, keys=roots.secrets)
         near = [one.parent for one in pages.indexes(roots.local, vm)]
-        return remaking.remade(index, lost.packs, near, to, on_progress=tell, cancelled=stop)
+        return remaking.remade(
+            index, lost.packs, near, to, keys=roots.secrets, on_progress=tell, cancelled=stop
+        )
 
     try:
         return await stoppable(work)

@@ -24,7 +24,8 @@ from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.machine.reconcile import numbered
 from qmpsnap.hypervisor.vmstate import sections
 from qmpsnap.hypervisor.vmstate.session import RamMode
-from qmpsnap.store import files, manifest
+from qmpsnap.store import box, contents, files, manifest
+from qmpsnap.store.box import Role
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import MANIFEST, SIGNATURE
 from qmpsnap.store.manifest import (
@@ -39,6 +40,7 @@ from qmpsnap.store.manifest import (
     Storage,
     encode,
 )
+from qmpsnap.store.secret import Secret
 
 MACHINE = "machine.json"
 USAGE = "usage.json"
@@ -130,8 +132,11 @@ async def build(
     lenders: Sequence[str] | None = (),
     shared: Sequence[Shared] = (),
     held: tpm.Held | None = None,
+    secret: Secret | None = None,
 ) -> Manifest:
     """Fill *folder* with the store half, sign and seal it there. *raw* is stored, then deleted.
+
+    With a *secret* all of it is encrypted, but for what a manifest says of one that is.
 
     What is *shared* with other snapshots is on the local root by now. *held* is the VM's TPM;
     *lenders* are other VMs whose RAM need not be stored again.
@@ -161,11 +166,12 @@ async def build(
         raw_blake3=None,
         compression="zstd",
     )
-    entries = [await asyncio.to_thread(_entry, folder, name) for name in names]
+    place = (plan.vm, str(plan.id))
+    entries = [await asyncio.to_thread(_entry, folder, name, place, secret) for name in names]
     kept = ramstore.Stored(ram, [], [])
     if captured.mode is not RamMode.NONE:
         kept = await ramstore.stored(
-            roots, plan.vm, str(plan.id), raw, folder, ram, report, lenders
+            roots, plan.vm, str(plan.id), raw, folder, ram, report, lenders, secret
         )
     bound = identity_of(facts)
     manifest = Manifest(
@@ -189,6 +195,8 @@ async def build(
         packs=kept.packs,
         version=RAM_STORED_ONCE if kept.ram.index else 1,
     )
+    if secret is not None:
+        manifest = contents.sealed(manifest, secret)
     content = encode(manifest)
     signed = await asyncio.to_thread(roots.keyring.sign, content)
     await asyncio.to_thread(files.publish, folder / SIGNATURE, signed, side=LocalFailed)
@@ -207,6 +215,9 @@ def _small(path: Path, content: bytes) -> None:
     files.publish(path, content, side=LocalFailed)
 
 
-def _entry(folder: Path, name: str) -> FileEntry:
-    size, digest = files.digest_file(folder / name, side=LocalFailed)
+def _entry(folder: Path, name: str, place: tuple[str, str], secret: Secret | None) -> FileEntry:
+    if secret is None:
+        size, digest = files.digest_file(folder / name, side=LocalFailed)
+    else:
+        size, digest = box.seal_over(folder / name, secret, Role(*place, name), side=LocalFailed)
     return FileEntry(name=name, bytes=size, blake3=digest)

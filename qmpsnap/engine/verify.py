@@ -21,6 +21,7 @@ from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import (
     DamagedData,
     Foreign,
+    KeyMissing,
     LocalFailed,
     MonitorAbsent,
     MonitorBusy,
@@ -59,6 +60,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
 
     *next* is empty where the VM was not asked. A bitmap that is no good is no damage: the next
     copy is a full then. *signature*: who vouches for it; None where there is no manifest.
+    *encryption*: the ID of the key that the store half is encrypted with; where it is not
+    *decrypted*, as that key is not here, files are known to be as they were stored, and no more.
     """
 
     id: str
@@ -68,6 +71,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     boot: Boot | None = None
     next: list[Next] = []
     signature: Signed | None = None
+    encryption: str | None = None
+    decrypted: bool = False
 
     @property
     def untrusted(self) -> bool:
@@ -140,7 +145,15 @@ async def verify(
         boot=seen,
         next=await _next(roots, machine),
         signature=entry.signature,
+        encryption=entry.encryption,
+        decrypted=await _decrypted(roots, entry),
     )
+
+
+async def _decrypted(roots: Roots, entry: Entry) -> bool:
+    if entry.encryption is None:
+        return False
+    return await asyncio.to_thread(roots.secrets.has, entry.encryption)
 
 
 async def verify_all(
@@ -232,7 +245,11 @@ async def _of_the_pages(pair: Pair, tell: files.Progress) -> list[Finding]:
     if (name := pair.manifest.ram.index) is None:
         return []
     folder = pair.roots.local.ram(pair.vm, pair.id)
-    wrong = await in_background(pages.wrong, folder, pair.entry(name).blake3, tell)
+    digest = pair.entry(name).blake3
+    try:
+        wrong = await in_background(pages.wrong, folder, digest, tell, pair.roots.secrets)
+    except KeyMissing:
+        return []
     if wrong:
         wrong.append(f"{folder}: may be removed, the store has all of it")
     return [Finding(where="pages", what=one) for one in wrong]

@@ -30,6 +30,13 @@ class Quiesce(StrEnum):
     NONE = "none"
 
 
+class Encrypt(StrEnum):
+    """Which files of a snapshot are encrypted: none, or those of the store half."""
+
+    NONE = "none"
+    STORE = "store"
+
+
 @dataclass(frozen=True, slots=True)
 class Copying:
     """How disks are copied: *compress* the images; *limit* in bytes a second, None for none."""
@@ -46,7 +53,8 @@ class Wishes:
     then; *max_freeze*, too: for so long the agent may keep the guest frozen. *pause* is what `live`
     aims at, *budget* the seconds that its passes after the first get. *include* empty is every
     disk; disks go by device id, drive id or node name. *ram_from* are other VMs of the store: what
-    their newest snapshots have of its RAM is not stored again.
+    their newest snapshots have of its RAM is not stored again. *encrypt*: what is encrypted, with
+    the key of this host that is made if there is none.
     """
 
     level: Level = Level.AUTO
@@ -62,3 +70,4 @@ class Wishes:
     budget: float = 10.0
     copying: Copying = Copying()
     ram_from: tuple[str, ...] = ()
+    encrypt: Encrypt = Encrypt.NONE

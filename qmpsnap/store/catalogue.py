@@ -23,6 +23,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     *why* explains every state but `paired`. *local* and *spool* say that the folders are there;
     *protected* that `prune` and `delete` leave it alone. *untrusted* is what would be whole, and no
     key vouches for that is trusted here. *signature* is None where there is no manifest.
+    *encryption*: the ID of the key that the store half is encrypted with, None if it is not.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     host: str | None
     protected: bool = False
     signature: Signed | None = None
+    encryption: str | None = None
 
 
 def join(local: Iterable[LocalFacts], store: Listing | None, *, host: str) -> list[Entry]:
@@ -88,6 +90,7 @@ def _entry(
         host=storage.host if storage else told.host if told else None,
         protected=local is not None and local.protected,
         signature=signed,
+        encryption=told.key if told else None,
     )
 
 

@@ -11,13 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from blake3 import blake3
-
 from qmpsnap.errors import LocalFailed
+from qmpsnap.store.chunks import PLAIN, Chunks
 from qmpsnap.store.copying import extents
 from qmpsnap.store.files import Progress, opened, told
 from qmpsnap.store.manifest import RamImage
-from qmpsnap.store.pack import frame_of
 from qmpsnap.store.packing import Kept, Packing
 from qmpsnap.store.ramindex import Index
 from qmpsnap.store.sink import Cancelled
@@ -40,6 +38,7 @@ def keep(
     stored_pages: Sequence[int],
     chunk_bytes: int = CHUNK,
     pack_bytes: int = PACK,
+    chunks: Chunks = PLAIN,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Kept:
@@ -53,6 +52,9 @@ def keep(
     *lent* are indexes of other VMs, by name. Of a pack of theirs nothing is taken if less than half
     of it would be used: as little of a pack of our own would be moved into another one (`repack`).
 
+    *chunks* says how they are stored, in the clear or encrypted; *known* and *lent* are of the same
+    kind.
+
     *on_progress* is told the bytes of RAM done, *cancelled* is asked often. Raises LocalFailed,
     Cancelled; what this has written is gone then.
     """
@@ -60,8 +62,8 @@ def keep(
         RamImage(block=name, bytes=size, stored_pages=pages)
         for (name, _, size), pages in zip(images, stored_pages, strict=True)
     ]
-    packing = Packing(blocks, to, known, lent, chunk_bytes, min(pack_bytes, PACK))
-    run = _Reading(packing, chunk_bytes)
+    packing = Packing(blocks, to, known, lent, chunk_bytes, min(pack_bytes, PACK), chunks)
+    run = _Reading(packing, chunk_bytes, chunks)
     total, done = sum(size for _, _, size in images), 0
     try:
         for number, (name, path, size) in enumerate(images):
@@ -109,8 +111,8 @@ class _Buffer(threading.local):
 class _Reading:
     """The page images, read on the grid of the chunks, by some threads at once."""
 
-    def __init__(self, packing: Packing, chunk_bytes: int) -> None:
-        self._packing, self._grid = packing, chunk_bytes
+    def __init__(self, packing: Packing, chunk_bytes: int, chunks: Chunks) -> None:
+        self._packing, self._grid, self._chunks = packing, chunk_bytes, chunks
         self._piece = max(chunk_bytes, _PIECE // chunk_bytes * chunk_bytes)
         self._buffer, self._zeros = _Buffer(), bytes(chunk_bytes)
 
@@ -135,7 +137,9 @@ class _Reading:
         at, length = self._packing.index.span(block, row)
         with told(path, LocalFailed):
             content = os.pread(descriptor, length, at)
-        self._packing.instead(row, blake3(content).digest(), frame_of(content), length, path)
+        digest = self._chunks.digest(content)
+        frame = self._chunks.frame(content, digest)
+        self._packing.instead(row, digest, frame, length, path)
 
     def _taken(self, end: int, work: Future[list[_Found]]) -> int:
         for one in work.result():
@@ -174,8 +178,8 @@ class _Reading:
             stop = min(at + grid, end - start)
             if content.startswith(self._zeros[: stop - at], at):
                 continue
-            digest = blake3(view[at:stop]).digest()
+            digest = self._chunks.digest(view[at:stop])
             new = self._packing.is_new(digest)
-            frame = frame_of(view[at:stop]) if new else None
+            frame = self._chunks.frame(view[at:stop], digest) if new else None
             found.append(_Found(number + at // grid, digest, frame, stop - at))
         return found

@@ -1,4 +1,4 @@
-"""Ed25519 (RFC 8032): the only place that imports `cryptography`, and not before it is needed."""
+"""Ed25519 (RFC 8032): the only place that speaks it; `cryptography` is loaded when it is needed."""
 
 from __future__ import annotations
 

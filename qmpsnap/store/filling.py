@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.store import ramindex
@@ -84,7 +83,8 @@ def fill(
     Each chunk is checked. One that a folder of *near* has, which holds the images of another
     snapshot with its `ram.index`, is taken from there if it is still what it was; the others are
     taken from the *shelf*. What is in *to* under these names is replaced. Nothing is flushed to
-    the disk. Blocks. *near_index* reads their indexes, where somebody has them at hand.
+    the disk. Blocks. *near_index* reads their indexes, where somebody has
+    them at hand, or the key that they are encrypted with.
 
     With *spans* only the chunks that these touch are made, in images that are there (`hollow`):
     perhaps beside another who fills them.
@@ -97,7 +97,7 @@ def fill(
     with ExitStack() as stack:
         neighbours = []
         for folder in near:
-            if (one := neighbour(folder, near_index or read_near)) is not None:
+            if (one := neighbour(folder, near_index or read_near, index.chunks.key)) is not None:
                 neighbours.append(one)
                 stack.callback(one.close)
         run = _Filling(index, shelf, neighbours, spans)
@@ -214,7 +214,7 @@ class Neighbour:
             content = os.pread(self.images[block], length, at)
         except OSError:
             return None
-        return content if blake3(content).digest() == digest else None
+        return content if self.index.chunks.digest(content) == digest else None
 
     def close(self) -> None:
         """Its images are closed."""
@@ -223,14 +223,19 @@ class Neighbour:
 
 
 def read_near(path: Path) -> Index:
-    """A near index, read anew. Raises LocalFailed, DamagedData."""
+    """A near index that is not encrypted, read anew. Raises LocalFailed, DamagedData."""
     return ramindex.read(path, side=LocalFailed)
 
 
-def neighbour(folder: Path, read: Callable[[Path], Index] = read_near) -> Neighbour | None:
-    """The images in *folder*, open; None for what cannot be read: it only saves work."""
+def neighbour(folder: Path, read: Callable[[Path], Index], key: str | None) -> Neighbour | None:
+    """The images in *folder*, open; None for what cannot be read: it only saves work.
+
+    None also where chunks have other names than with the *key* of whoever looks for some.
+    """
     try:
         index = read(folder / INDEX)
+        if index.chunks.key != key:
+            return None
         index.ready()  # before threads ask it
     except SnapError:
         return None

@@ -16,6 +16,7 @@ from qmpsnap.errors import (
     DamagedData,
     DigestMismatch,
     HalfMissing,
+    KeyMissing,
     LocalFailed,
     SnapError,
     StoreError,
@@ -23,11 +24,10 @@ from qmpsnap.errors import (
     UsageError,
 )
 from qmpsnap.ids import is_snapshot_id, is_vm_name
-from qmpsnap.store import ramhalf, shared, signature, sweeping, wire
+from qmpsnap.store import contents, ramhalf, shared, signature, sweeping, wire
 from qmpsnap.store.files import (
     Progress,
     Side,
-    copy_to_fd,
     copy_verified,
     digest_bytes,
     expect,
@@ -42,9 +42,9 @@ from qmpsnap.store.files import (
 from qmpsnap.store.filling import Filled
 from qmpsnap.store.layout import LEASE, MANIFEST, SHARED, SIGNATURE, StoreRoot, aside
 from qmpsnap.store.manifest import FileEntry, Manifest, decode
-from qmpsnap.store.pack import unpack_to_fd
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.ramindex import Index, Named
+from qmpsnap.store.secret import Keys, none
 from qmpsnap.store.shelf import Shelf
 from qmpsnap.store.signature import Signed, Trust
 from qmpsnap.store.sources import Sources
@@ -62,6 +62,7 @@ def ship(
     request: wire.Ship,
     progress: Progress,
     guard: Callable[[], None] = _unguarded,
+    keys: Keys = none,
 ) -> wire.Shipped:
     """Copy the sealed spool to the store, its manifest last. What is there already stays.
 
@@ -80,7 +81,7 @@ def ship(
     if os.path.lexists(path) and read_small(path, side=StoreError) != content:
         raise StoreError(f"{path}: another store half is sealed there")
     make_folders(path.parent, root.path, side=StoreError)
-    _deliver(root, request, manifest, progress, request.anew)
+    _deliver(root, request, manifest, progress, keys, request.anew)
     for entry in manifest.files:
         src, dst = spool / entry.name, path.parent / entry.name
         if not os.path.lexists(src):
@@ -91,7 +92,9 @@ def ship(
     if (signed := _signature(spool, side=LocalFailed)) is not None:
         publish(path.with_name(SIGNATURE), signed, side=StoreError)
     publish(path, content, side=StoreError)
-    _deliver(root, request, manifest, progress)  # what was aside before our folder could be seen
+    _deliver(
+        root, request, manifest, progress, keys
+    )  # what was aside before our folder could be seen
     brought = [*manifest.files, *(pack.entry for pack in manifest.packs if pack.fresh)]
     size = sum(entry.bytes for entry in brought) + len(content) + len(signed or b"")
     return wire.Shipped(manifest_blake3=digest_bytes(content), bytes=size)
@@ -123,11 +126,16 @@ def catalogue(
 
 
 def verify(
-    root: StoreRoot, request: wire.Verify, progress: Progress, checked: Checked | None = None
+    root: StoreRoot,
+    request: wire.Verify,
+    progress: Progress,
+    checked: Checked | None = None,
+    keys: Keys = none,
 ) -> list[wire.Problem]:
     """Read all of a store half, and name each file that is not as it was sealed.
 
-    Packs that *checked* has read for another snapshot are not read again.
+    What is encrypted is decrypted, too, where the key is here. Packs that *checked* has read for
+    another snapshot are not read again.
     """
     folder = root.snapshot(request.vm, request.id)
     try:
@@ -137,22 +145,33 @@ def verify(
     problems = []
     for entry in _plain(manifest):
         try:
-            expect(_path(root, request, entry), entry, side=StoreError, on_progress=progress)
+            path = _path(root, request, entry)
+            expect(path, entry, side=StoreError, on_progress=progress)
+            with suppress(KeyMissing):
+                contents.check(manifest, entry, path, keys, progress=progress)
         except (DamagedData, StoreError) as failed:
             problems.append(wire.Problem(file=entry.name, what=str(failed)))
     if manifest.ram.index is not None:
         with _shelf(root, request, None) as shelf:
             index = folder / manifest.ram.index
-            problems += ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
+            read = checked or Checked()
+            problems += ramhalf.verify(manifest, index, shelf, progress, read, keys)
+    with suppress(KeyMissing):
+        try:
+            contents.unsealed(manifest, keys, folder / MANIFEST)
+        except DamagedData as failed:
+            problems.append(wire.Problem(file=MANIFEST, what=str(failed)))
     listed = {MANIFEST, SIGNATURE, *(entry.name for entry in manifest.files)}
     extra = sorted(set(_walk(folder, folder)) - listed)
     return problems + [wire.Problem(file=name, what=wire.EXTRA) for name in extra]
 
 
-def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Glanced:
+def glance(
+    root: StoreRoot, request: wire.Glance, progress: Progress, keys: Keys = none
+) -> wire.Glanced:
     """The small files that are wanted, and whether all others are there, of the right size.
 
-    Raises StoreError, DamagedData for the manifest.
+    Raises StoreError, DamagedData for the manifest, KeyMissing.
     """
     _, manifest = _sealed(root, request)
     texts, troubles = {}, {}
@@ -163,7 +182,7 @@ def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Gl
         try:
             path = _path(root, request, entry)
             if entry.name in request.texts:
-                texts[entry.name] = _text(path, entry)
+                texts[entry.name] = _text(path, manifest, entry, keys)
             elif entry.name in request.whole:
                 expect(path, entry, side=StoreError, on_progress=progress)
             else:
@@ -173,55 +192,61 @@ def glance(root: StoreRoot, request: wire.Glance, progress: Progress) -> wire.Gl
     return wire.Glanced(texts=texts, troubles=troubles)
 
 
-def read(root: StoreRoot, request: wire.Read) -> str:
-    """The text of a small file, checked. Raises StoreError, DamagedData."""
+def read(root: StoreRoot, request: wire.Read, keys: Keys = none) -> str:
+    """The text of a small file, checked. Raises StoreError, DamagedData, KeyMissing."""
     content, manifest = _sealed(root, request)
     if request.name == MANIFEST:
         return content.decode()  # it was JSON
     entry = _entry(manifest, request.name)
-    return _text(_path(root, request, entry), entry)
+    return _text(_path(root, request, entry), manifest, entry, keys)
 
 
-def _text(path: Path, entry: FileEntry) -> str:
+def _text(path: Path, manifest: Manifest, entry: FileEntry, keys: Keys) -> str:
     if entry.bytes > _SMALL:
         raise StoreError(f"{path}: too large to be read at once ({entry.bytes} bytes)")
     content = read_small(path, side=StoreError, limit=entry.bytes + 1)
     if (len(content), digest_bytes(content)) != (entry.bytes, entry.blake3):
         raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
+    content = contents.content(manifest, entry, content, keys, path)
     try:
         return content.decode()
     except UnicodeDecodeError as failed:
         raise DamagedData(f"{path}: is no text: {failed}") from failed
 
 
-def load(root: StoreRoot, request: wire.Load, progress: Progress) -> int:
-    """Write a file, unpacked, into the descriptor; the bytes written are returned.
+def load(root: StoreRoot, request: wire.Load, progress: Progress, keys: Keys = none) -> int:
+    """Write a file, decrypted and unpacked, into the descriptor; the bytes written are returned.
 
     The file is read once, whole, and checked before the first byte of it is passed on.
 
-    Raises StoreError, DamagedData, and LocalFailed when the descriptor takes no more.
+    Raises StoreError, DamagedData, KeyMissing, and LocalFailed when the descriptor takes no more.
     """
     _, manifest = _sealed(root, request)
     entry = _entry(manifest, request.name)
     path = _path(root, request, entry)
     expect(path, entry, side=StoreError, on_progress=progress)
-    return _unpack(manifest, entry, path, request.fd, progress)
+    return contents.load(manifest, entry, path, request.fd, keys, progress=progress)
 
 
-def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress) -> None:
-    """Publish a checked copy of a file at a local path, unpacked if so asked.
+def fetch(root: StoreRoot, request: wire.Fetch, progress: Progress, keys: Keys = none) -> None:
+    """Publish a checked copy of a file at a local path, decrypted, and unpacked if so asked.
 
-    Raises StoreError, DamagedData, and LocalFailed, also when the path exists with other content.
+    Raises StoreError, DamagedData, KeyMissing, and LocalFailed, also when the path exists with
+    another content.
     """
     _, manifest = _sealed(root, request)
     entry, to = _entry(manifest, request.name), Path(request.to)
     path = _path(root, request, entry)
+    if not request.unpack and manifest.key is not None:
+        expect(path, entry, side=StoreError, on_progress=progress)
+        contents.copy(manifest, entry, path, to, keys, progress=progress)
+        return
     if not request.unpack:
         copy_verified(path, to, entry, progress, source=StoreError, target=LocalFailed)
         return
     expect(path, entry, side=StoreError, on_progress=progress)
     with partial(to, LocalFailed) as descriptor:
-        _unpack(manifest, entry, path, descriptor, progress)
+        contents.load(manifest, entry, path, descriptor, keys, progress=progress)
 
 
 def remove(
@@ -229,6 +254,7 @@ def remove(
     request: wire.Remove,
     progress: Progress,
     guard: Callable[[], None] = _unguarded,
+    keys: Keys = none,
 ) -> None:
     """Delete a store half: unsealed first, so that what is left after a crash never looks whole.
 
@@ -248,7 +274,7 @@ def remove(
             sync_folder(folder.parent)
             progress(1, 0, f"removing {request.vm} {request.id}")
     if request.sweep:
-        sweep(root, request.vm, progress, request.waiting, guard)
+        sweep(root, request.vm, progress, request.waiting, guard, keys)
 
 
 def sign(root: StoreRoot, request: wire.Sign, guard: Callable[[], None] = _unguarded) -> None:
@@ -270,40 +296,51 @@ def sweep(
     progress: Progress,
     waiting: Sequence[str] = (),
     guard: Callable[[], None] = _unguarded,
+    keys: Keys = none,
 ) -> None:
     """Delete what snapshots of *vm* shared, and none needs any more. Raises StoreError."""
     with told(root.vm(vm), StoreError):
         there = _is_folder(root.shared(vm))
     if there:
-        sweeping.sweep(root, vm, progress, waiting=waiting, guard=guard)
+        sweeping.sweep(root, vm, progress, waiting=waiting, guard=guard, keys=keys)
 
 
 def fill(
-    root: StoreRoot, request: wire.Fill, progress: Progress, sources: Sources | None = None
+    root: StoreRoot,
+    request: wire.Fill,
+    progress: Progress,
+    sources: Sources | None = None,
+    keys: Keys = none,
 ) -> Filled:
     """Make the page images of a snapshot, also of one that is in the spool yet.
 
     What *sources* has of an earlier request is not looked for again. Raises what `filling.fill`
     does.
     """
-    return (sources or Sources()).fill(request, lambda: _sources(root, request), progress)
+    found = sources or Sources()
+    return found.fill(request, lambda: _sources(root, request, keys), progress, keys)
 
 
-def _sources(root: StoreRoot, request: wire.Fill) -> tuple[Index, Shelf]:
+def _sources(root: StoreRoot, request: wire.Fill, keys: Keys) -> tuple[Index, Shelf]:
     if request.spool is None:
         _, manifest = _sealed(root, request)
         if manifest.ram.index is None:
             raise UsageError(f"{request.vm} {request.id} has no RAM in packs")
         path = _path(root, request, _entry(manifest, manifest.ram.index))
-        return ramhalf.index_of(manifest, path), _shelf(root, request, None)
+        return ramhalf.index_of(manifest, path, keys=keys), _shelf(root, request, None)
     spool = Path(request.spool)
     _, manifest = _manifest(spool / MANIFEST, request, side=LocalFailed)
-    index = ramhalf.index_of(manifest, spool / str(manifest.ram.index), side=LocalFailed)
+    path = spool / str(manifest.ram.index)
+    index = ramhalf.index_of(manifest, path, side=LocalFailed, keys=keys)
     return index, _shelf(root, request, request.shared, manifest)
 
 
 def packs(
-    root: StoreRoot, request: wire.Packs, progress: Progress, checked: Checked | None = None
+    root: StoreRoot,
+    request: wire.Packs,
+    progress: Progress,
+    checked: Checked | None = None,
+    keys: Keys = none,
 ) -> list[wire.Problem]:
     """What is wrong with the RAM of a half that is in the spool yet; *checked* as for `verify`.
 
@@ -315,7 +352,8 @@ def packs(
         found = ramhalf.sizes(manifest, shelf)
         if request.whole:
             index = spool / str(manifest.ram.index)
-            found = ramhalf.verify(manifest, index, shelf, progress, checked or Checked())
+            read = checked or Checked()
+            found = ramhalf.verify(manifest, index, shelf, progress, read, keys)
     return found
 
 
@@ -339,20 +377,6 @@ def _shelf(
                 raise StoreError(f"{folder}: not a folder of ours")
         there.append((root.shared(vm), StoreError))
     return Shelf(there)
-
-
-def _unpack(manifest: Manifest, entry: FileEntry, path: Path, fd: int, progress: Progress) -> int:
-    ram = manifest.ram if manifest.ram.file == entry.name else None
-    packed = ram.compression == "zstd" if ram else entry.name.endswith(".zst")
-    if not packed:
-        return copy_to_fd(path, fd, entry, side=StoreError, on_progress=progress)
-    return unpack_to_fd(
-        path,
-        fd,
-        raw_bytes=ram.raw_bytes if ram else None,
-        raw_blake3=ram.raw_blake3 if ram else None,
-        on_progress=progress,
-    )
 
 
 def _sealed(root: StoreRoot, request: wire.Sealed) -> tuple[bytes, Manifest]:
@@ -388,13 +412,14 @@ def _deliver(
     request: wire.Ship,
     manifest: Manifest,
     progress: Progress,
+    keys: Keys,
     anew: Sequence[str] = (),
 ) -> None:
     for entry in {one.blake3: one.entry for one in manifest.shared}.values():
         shared.deliver(root, request.vm, entry, _kept(request), progress)
     if manifest.packs:
         spool, folder = Path(request.spool), _kept(request)
-        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead, anew)
+        ramhalf.deliver(root, manifest, spool, folder, progress, request.instead, anew, keys)
 
 
 def _plain(manifest: Manifest) -> list[FileEntry]:

@@ -16,9 +16,11 @@ from qmpsnap.errors import KeyRefused, ManifestError
 from qmpsnap.store import signature
 from qmpsnap.store.files import Side, opened
 from qmpsnap.store.head import readable, version_of
+from qmpsnap.store.secret import Secret, secret_of
 from qmpsnap.store.signature import KeyId, PublicKey
 
 _SIGNING_KEY, _PUBLIC_KEY = "qmpsnap-signing-key", "qmpsnap-public-key"
+_ENCRYPTION_KEY = "qmpsnap-encryption-key"
 _NEWEST = 1
 _LIMIT = 64 << 10
 _SHARED = stat.S_IWGRP | stat.S_IWOTH
@@ -68,8 +70,34 @@ class Signing(Struct, frozen=True, kw_only=True):
         )
 
 
-T = TypeVar("T", Public, Signing)
-_KINDS = {Public: _PUBLIC_KEY, Signing: _SIGNING_KEY}
+class Encryption(Struct, frozen=True, kw_only=True):
+    """`encryption.json`, `encryption-ID.json`: a secret key that snapshots are encrypted with.
+
+    *host*: where it was made.
+    """
+
+    format: Literal["qmpsnap-encryption-key"] = "qmpsnap-encryption-key"
+    version: Annotated[int, Meta(ge=1, le=1)] = 1
+    algorithm: Literal["aes-256"] = "aes-256"
+    key: KeyId
+    host: Words
+    created_at: Words
+    secret_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+    def __post_init__(self) -> None:
+        _check_called(self.key, self.secret.key)
+        _check_printed(self.host, self.created_at)
+
+    def __repr__(self) -> str:
+        return f"Encryption(key={self.key!r})"  # a traceback or a log shows no secret
+
+    @property
+    def secret(self) -> Secret:
+        return secret_of(bytes.fromhex(self.secret_key))
+
+
+T = TypeVar("T", Public, Signing, Encryption)
+_KINDS = {Public: _PUBLIC_KEY, Signing: _SIGNING_KEY, Encryption: _ENCRYPTION_KEY}
 
 
 def schemas() -> dict[str, dict[str, Any]]:
@@ -78,7 +106,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     return {word: dialect | msgspec.json.schema(kind) for kind, word in _KINDS.items()}
 
 
-def encode(key: Public | Signing) -> bytes:
+def encode(key: Public | Signing | Encryption) -> bytes:
     """*key* as a file's content."""
     return msgspec.json.format(msgspec.json.encode(key), indent=2) + b"\n"
 
@@ -86,7 +114,7 @@ def encode(key: Public | Signing) -> bytes:
 def read(path: Path, kind: type[T], *, side: Side) -> T:
     """The key in the file *path*. Raises KeyRefused (`refuse_shared`), ManifestError, *side*."""
     with opened(path, side) as descriptor:
-        refuse_shared(path, os.fstat(descriptor), secret=kind is Signing)
+        refuse_shared(path, os.fstat(descriptor), secret=kind is not Public)
         content = os.read(descriptor, _LIMIT)
     return decode(content, kind, path)
 
@@ -99,10 +127,18 @@ def decode(content: bytes, kind: type[T], path: Path) -> T:
 
 
 def _check(key: Public | Signing) -> None:
-    if signature.key_id(bytes.fromhex(key.public_key)) != key.key:
-        raise ValueError(f"the key is not the one that is called {key.key}")
+    _check_called(key.key, signature.key_id(bytes.fromhex(key.public_key)))
+    _check_printed(key.host, key.created_at)
+
+
+def _check_called(name: str, real: str) -> None:
+    if name != real:
+        raise ValueError(f"the key is not the one that is called {name}")
+
+
+def _check_printed(*words: str) -> None:
     # they are shown on a terminal, and may come from elsewhere
-    if not (key.host.isprintable() and key.created_at.isprintable()):
+    if not all(word.isprintable() for word in words):
         raise ValueError("host and created_at are not words to be printed")
 
 
@@ -122,6 +158,15 @@ def refuse_shared(path: Path, found: os.stat_result, *, secret: bool) -> None:
             f"{path}: others may read the secret key (mode {stat.S_IMODE(found.st_mode):04o})",
             hint=f"`chmod 600 {path}`, then `qmpsnap keys rotate` if somebody may have read it",
         )
+
+
+def is_secret(content: bytes) -> bool:
+    """Whether *content* says that it is a key that encrypts."""
+    try:
+        version_of(content, _ENCRYPTION_KEY, _NEWEST, "")
+    except ManifestError:
+        return False
+    return True
 
 
 @contextmanager

@@ -6,11 +6,7 @@ half of one that did, `imported-ID.json` that of another host. What is in the fo
 
 from __future__ import annotations
 
-import fcntl
-import os
-import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +14,6 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap import private
 from qmpsnap.errors import KeyRefused, LocalFailed, ManifestError
 from qmpsnap.store import ed25519, signature
 from qmpsnap.store.files import publish, replace, sync_folder, told
@@ -28,13 +23,13 @@ from qmpsnap.store.keyfile import (
     decode,
     encode,
     read,
-    refuse_shared,
     usable,
 )
+from qmpsnap.store.keyfolder import KeyFolder
 from qmpsnap.store.signature import KeyId, Reason, Trust
 
 SIGNING = "signing.json"
-Role = Literal["signs", "retired", "imported"]
+Role = Literal["signs", "retired", "imported", "encrypts", "decrypts"]
 Trusting = Callable[[], Trust]
 """Tells what is trusted now: a key may have been imported since."""
 
@@ -101,14 +96,14 @@ class Keyring:
         known = next((one for one in self.known() if one.key == key.key), None)
         if known is not None or dry_run:
             return known or self._shown("imported", key)
-        with self._locked():
+        with self._at.locked():
             publish(self._place("imported", key.key), encode(key), side=LocalFailed)
         return self._shown("imported", key)
 
     def rotate(self) -> tuple[Key, Key]:
         """Sign with a new key from now on; it, and the old one, which stays trusted."""
         self.ready()
-        with self._locked():
+        with self._at.locked():
             old = self._read_signing()
             # what the old one has signed is trusted whenever this is broken off
             publish(self._place("retired", old.key), encode(old.public), side=LocalFailed)
@@ -133,19 +128,19 @@ class Keyring:
                 f"{key.key} is the key that signs", hint="`qmpsnap keys rotate` retires it first"
             )
         if not dry_run:
-            with self._locked(), told(self.folder, LocalFailed):
+            with self._at.locked(), told(self.folder, LocalFailed):
                 for role in ("retired", "imported"):
                     self._place(role, key.key).unlink(missing_ok=True)
                 sync_folder(self.folder)
         return key
 
     def _signing(self) -> Signing:
-        if self._there(SIGNING):
+        if self._at.there(SIGNING):
             return self._read_signing()
-        self._make_folder()
-        with self._locked():
+        self._at.make()
+        with self._at.locked():
             # another engine may have been faster: then its key is ours
-            if not self._there(SIGNING):
+            if not self._at.there(SIGNING):
                 publish(self.folder / SIGNING, encode(self._made()), side=LocalFailed)
             return self._read_signing()
 
@@ -163,14 +158,13 @@ class Keyring:
 
     def _all(self) -> Iterator[tuple[Role, Public]]:
         """Each key with its role; one that is retired while it still signs comes twice."""
-        if not self._there(""):
+        if not self._at.there():
             return
-        self._check_folder()
+        self._at.check()
         # before the names: what a rotation retires meanwhile is either this, or among them
-        if self._there(SIGNING):
+        if self._at.there(SIGNING):
             yield "signs", self._read_signing().public
-        with told(self.folder, LocalFailed):
-            names = sorted(path.name for path in self.folder.iterdir())
+        names = self._at.names()
         roles: tuple[Role, ...] = ("retired", "imported")
         for role in roles:
             for name in names:
@@ -181,40 +175,12 @@ class Keyring:
                     yield role, key
 
     def _read_signing(self) -> Signing:
-        self._check_folder()
+        self._at.check()
         return read(self.folder / SIGNING, Signing, side=LocalFailed)
 
-    def _check_folder(self) -> None:
-        with told(self.folder, LocalFailed):
-            found = self.folder.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise KeyRefused(f"{self.folder}: is no folder", hint="the keys are to lie in it")
-        refuse_shared(self.folder, found, secret=False)
-
-    def _make_folder(self) -> None:
-        with told(self.folder, LocalFailed):
-            private.folders(self.folder.parent)
-            with suppress(FileExistsError):
-                self.folder.mkdir(mode=0o700)
-                self.folder.chmod(0o700)  # a umask takes away from what is asked for
-                sync_folder(self.folder.parent)
-        self._check_folder()
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time changes the keys; the lock ends with it, however that ends."""
-        self._make_folder()
-        with told(self.folder, LocalFailed):
-            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _there(self, name: str) -> bool:
-        with told(self.folder, LocalFailed):
-            return os.path.lexists(self.folder / name)
+    @property
+    def _at(self) -> KeyFolder:
+        return KeyFolder(self.folder)
 
     def _place(self, role: str, key: str) -> Path:
         return self.folder / f"{role}-{key}.json"

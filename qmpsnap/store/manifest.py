@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from qmpsnap.ids import is_snapshot_id, is_vm_name
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.layout import MANIFEST, PARTIAL, SHARED, SIGNATURE
+from qmpsnap.store.signature import KeyId
 
 Size = Annotated[int, Meta(ge=0)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -23,6 +24,8 @@ _LONGEST = 255 - len(PARTIAL)  # NAME_MAX: what is written has this behind it fi
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 RAM_STORED_ONCE = 2
 """The version of a manifest whose RAM lies in packs; without, it is 1, which older readers know."""
+ENCRYPTED = 3
+"""The version of one whose files are encrypted."""
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -42,11 +45,21 @@ class FileEntry(Struct, frozen=True, kw_only=True):
             raise ValueError(f"not a name for a listed file: {self.name!r}")
 
 
+class Plain(Struct, frozen=True, kw_only=True):
+    """A file as it is before it is encrypted."""
+
+    bytes: Size
+    blake3: Digest
+
+
 class Shared(Struct, frozen=True, kw_only=True):
     """A file that the snapshots of a VM share: `shared/BLAKE3` in the VM's folder of the store.
 
     QEMU was given it with *option*, as *path*. *as_started* is false when it was changed after QEMU
     had read it: then it is not what the guest was booted from.
+
+    Of one that is encrypted *bytes* and *blake3* are those of the encrypted file; the path is empty
+    and *plain* None until they were taken out of what the manifest has sealed.
     """
 
     option: Literal["kernel", "initrd", "dtb", "shim"]
@@ -54,10 +67,17 @@ class Shared(Struct, frozen=True, kw_only=True):
     bytes: Size
     blake3: Digest
     as_started: bool = True
+    plain: Plain | None = None
 
     @property
     def entry(self) -> FileEntry:
         return FileEntry(name=f"{SHARED}/{self.blake3}", bytes=self.bytes, blake3=self.blake3)
+
+    @property
+    def content(self) -> FileEntry:
+        """As `entry`, of the file that QEMU was given."""
+        own = self.plain or self
+        return FileEntry(name=f"{SHARED}/{self.blake3}", bytes=own.bytes, blake3=own.blake3)
 
 
 class Pack(Struct, frozen=True, kw_only=True):
@@ -270,15 +290,26 @@ class Ram(Struct, frozen=True, kw_only=True):
     images: list[RamImage] = []
 
 
+class Encryption(Struct, frozen=True, kw_only=True):
+    """All files of the store half, and its packs, are encrypted with the key called *key*.
+
+    *sealed* is what the manifest does not say in the clear (`private`), encrypted, in base64.
+    """
+
+    key: KeyId
+    sealed: str
+
+
 class Manifest(Struct, frozen=True, kw_only=True):
     """`manifest.json`: seals the store half, and names the local half by its digest.
 
     *files* lie beside it, *shared* and *packs* in the VM's folder, where other snapshots may need
-    them too. *packs* are all that the index of the RAM names, whoever brought them.
+    them too. *packs* are all that the index of the RAM names, whoever brought them. All entries are
+    of what lies there: where there is an *encryption*, of encrypted files.
     """
 
     format: Literal["qmpsnap-manifest"] = "qmpsnap-manifest"
-    version: Annotated[int, Meta(ge=1, le=RAM_STORED_ONCE)] = 1
+    version: Annotated[int, Meta(ge=1, le=ENCRYPTED)] = 1
     id: str
     vm: str
     host: str
@@ -297,6 +328,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     trial_store: bool
     shared: list[Shared] = []
     packs: list[Pack] = []
+    encryption: Encryption | None = None
 
     def __post_init__(self) -> None:
         _check_names(self.vm, self.id)
@@ -315,6 +347,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
         if self.ram.index is not None and self.version < RAM_STORED_ONCE:
             # who knows version 1 only would take the stream for all of the state
             raise ValueError(f"RAM is kept in packs: that is version {RAM_STORED_ONCE}")
+        if (self.encryption is not None) != (self.version == ENCRYPTED):
+            # who knows version 2 only would take what is encrypted for what it was
+            raise ValueError(f"what is encrypted is version {ENCRYPTED}, and that is encrypted")
         if len({pack.blake3 for pack in self.packs}) != len(self.packs):
             raise ValueError("a pack is listed twice")
 
@@ -328,6 +363,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def needed(self) -> set[str]:
         """The digests of all that it shares with other snapshots."""
         return {one.blake3 for one in self.shared} | {one.blake3 for one in self.packs}
+
+    @property
+    def key(self) -> str | None:
+        """The ID of the key that its files are encrypted with; None: they are not."""
+        return self.encryption.key if self.encryption is not None else None
 
     def entry(self, name: str) -> FileEntry | None:
         """What is listed under *name*."""
@@ -352,7 +392,7 @@ class Paired(Struct, frozen=True, kw_only=True):
 KINDS: Mapping[str, tuple[type[Struct], int]] = {
     "qmpsnap-storage": (Storage, 1),
     "qmpsnap-identity": (Identity, 1),
-    "qmpsnap-manifest": (Manifest, RAM_STORED_ONCE),
+    "qmpsnap-manifest": (Manifest, ENCRYPTED),
     "qmpsnap-paired": (Paired, 1),
     "qmpsnap-merged": (Merged, 1),
     "qmpsnap-digests": (Digests, 1),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import zstandard
@@ -18,6 +19,12 @@ from qmpsnap.store.files import CHUNK, Progress, Side, opened, partial, told, wr
 _WINDOW_LIMIT = 128 << 20
 _HEADER_MAX = 18  # bytes, RFC 8878 section 3.1.1
 Content = bytes | bytearray | memoryview
+
+
+class Source(Protocol):
+    """What compressed bytes are read from."""
+
+    def read(self, size: int, /) -> bytes | None: ...
 
 
 class _Mine(threading.local):
@@ -83,12 +90,13 @@ def unpack_to_fd(
     raw_bytes: int | None = None,
     raw_blake3: str | None = None,
     side: Side = StoreError,
+    decrypted: Callable[[FileIO], Source] = lambda file: file,
     on_progress: Progress | None = None,
 ) -> int:
     """Write what *path* was before it was compressed into *fd*; the bytes written are returned.
 
     *fd* may be a pipe, and is left open. It never gets more bytes than the stream's header, and
-    *raw_bytes*, announce.
+    *raw_bytes*, announce. *decrypted* gives what is in the file where that is encrypted.
 
     Raises DigestMismatch when *path* is no whole zstd stream, or not of the size and digest that
     were given (the last is known only at the end); LocalFailed when *fd* takes no more; *side*
@@ -99,11 +107,13 @@ def unpack_to_fd(
         opened(path, side) as reading,
         os.fdopen(reading, "rb", buffering=0, closefd=False) as file,
     ):
-        size = _promised(file, path, side)
+        with told(path, side):
+            source = decrypted(file)
+        size, begun = _promised(source, path, side)
         if raw_bytes is not None and size != raw_bytes:
             raise DigestMismatch(f"{path}: unpacks to {size} bytes, not {raw_bytes}")
         unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT)
-        stream = unpacker.stream_reader(file, read_size=CHUNK)
+        stream = unpacker.stream_reader(begun, read_size=CHUNK)  # type: ignore[arg-type]
         while chunk := _next(stream, path, side):
             hasher.update(chunk)
             done += len(chunk)
@@ -156,13 +166,25 @@ def content_of(frame: Content, size: int) -> bytes:
     return content
 
 
-def _promised(file: FileIO, path: Path, side: Side) -> int:
-    """The size that the frame's header gives; what we pack always has one."""
+class _Begun:
+    """A source of which the *first* bytes were read, from these on."""
+
+    def __init__(self, first: bytes, source: Source) -> None:
+        self._first, self._source = first, source
+
+    def read(self, size: int) -> bytes | None:
+        if self._first:
+            given, self._first = self._first[:size], self._first[size:]
+            return given
+        return self._source.read(size)
+
+
+def _promised(source: Source, path: Path, side: Side) -> tuple[int, _Begun]:
+    """The size that the frame's header gives (what we pack always has one), and all of *source*."""
     with told(path, side):
-        head = file.read(_HEADER_MAX)
-        file.seek(0)
+        head = source.read(_HEADER_MAX) or b""
     try:
-        return size_of(head)
+        return size_of(head), _Begun(head, source)
     except DigestMismatch as odd:
         raise DigestMismatch(f"{path}: {odd}") from odd
 

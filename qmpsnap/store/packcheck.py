@@ -9,9 +9,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from qmpsnap.errors import DamagedData, DigestMismatch, LocalFailed, StoreError
+from qmpsnap.errors import DamagedData, DigestMismatch, KeyMissing, LocalFailed, StoreError
+from qmpsnap.store.chunks import PLAIN, Chunks, chunks_of
 from qmpsnap.store.files import PIECE, Progress, expect_size, opened
-from qmpsnap.store.rampack import Frame, chunk_of, table
+from qmpsnap.store.rampack import Frame, key_of, table
+from qmpsnap.store.secret import Keys, none
 from qmpsnap.store.shelf import Lying
 
 _State = tuple[int, int, int, int]
@@ -26,10 +28,11 @@ class Checked:
     def __init__(self) -> None:
         self._found: dict[Path, tuple[_State, DamagedData | StoreError | LocalFailed | None]] = {}
 
-    def check(self, lying: Lying, progress: Progress | None = None) -> None:
+    def check(self, lying: Lying, progress: Progress | None = None, keys: Keys = none) -> None:
         """The file is what its name says, and each chunk of it what its table says.
 
-        Raises DigestMismatch, DamagedData, and the folder's own error.
+        Where the key of one that is encrypted is not here, chunks are not looked at. Raises
+        DigestMismatch, DamagedData, and the folder's own error.
         """
         expect_size(lying.path, lying.entry, side=lying.side)
         with opened(lying.path, lying.side) as descriptor:
@@ -38,7 +41,7 @@ class Checked:
             known = self._found.get(lying.path)
             if known is None or known[0] != state:
                 try:
-                    _read(lying, descriptor, progress)
+                    _read(lying, descriptor, keys, progress)
                 except (DamagedData, StoreError, LocalFailed) as failed:
                     known = state, failed
                 else:
@@ -48,14 +51,18 @@ class Checked:
             raise known[1]
 
 
-def _read(lying: Lying, descriptor: int, progress: Progress | None) -> None:
+def _read(lying: Lying, descriptor: int, keys: Keys, progress: Progress | None) -> None:
     spoilt: DamagedData | None = None
     frames: Mapping[bytes, Frame] = {}
+    kind: Chunks = PLAIN
     try:
         frames = table(lying.path, side=lying.side)
+        kind = chunks_of(key_of(lying.path, side=lying.side), keys)
+    except KeyMissing:
+        frames = {}
     except DamagedData as odd:
         spoilt = odd  # told when the file is what it was
-    hasher, chunks, done = blake3(), _Chunks(frames), 0
+    hasher, chunks, done = blake3(), _Passing(frames, kind), 0
     while piece := os.read(descriptor, PIECE):
         hasher.update(piece)
         chunks.take(piece)
@@ -71,10 +78,11 @@ def _read(lying: Lying, descriptor: int, progress: Progress | None) -> None:
         raise DigestMismatch(f"{lying.path}: {count} not what its table says (BLAKE3)")
 
 
-class _Chunks:
+class _Passing:
     """The chunks of a pack, looked at as its bytes go by; *wrong* is how many are others."""
 
-    def __init__(self, frames: Mapping[bytes, Frame]) -> None:
+    def __init__(self, frames: Mapping[bytes, Frame], kind: Chunks) -> None:
+        self._kind = kind
         self._left = deque(sorted(frames.items(), key=lambda one: one[1].offset))
         self._at, self._bytes = 0, b""  # what has gone by, and is of a chunk to come
         self.wrong = 0
@@ -89,7 +97,8 @@ class _Chunks:
             start = frame.offset - self._at
             try:
                 # one that overlaps another starts before what is left
-                chunk_of(view[max(0, start) : start + frame.length], digest, frame.raw)
+                part = view[max(0, start) : start + frame.length]
+                self._kind.content(part, digest, frame.raw)
             except DigestMismatch:
                 self.wrong += 1
         upto = min(end, self._left[0][1].offset) if self._left else end

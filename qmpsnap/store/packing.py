@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpsnap.errors import LocalFailed
+from qmpsnap.store.chunks import PLAIN, Chunks
 from qmpsnap.store.manifest import Pack, RamImage
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import ROWS, Writer
@@ -36,7 +37,7 @@ class Kept:
 class Packing:
     """Chunks are taken in, in order; those that are new are written to packs in the folder *to*.
 
-    *known* are indexes of the VM itself, *lent* of others, by their names.
+    *known* are indexes of the VM itself, *lent* of others, by their names; all have *chunks*, too.
     """
 
     def __init__(
@@ -47,9 +48,13 @@ class Packing:
         lent: Sequence[tuple[str, Index]],
         chunk_bytes: int,
         pack_bytes: int,
+        chunks: Chunks = PLAIN,
     ) -> None:
+        for one in [*known, *(index for _, index in lent)]:
+            # what is encrypted never stands on what is not, nor on what another key has encrypted
+            assert one.chunks.key == chunks.key
         places = (array("I"), array("Q"), array("I"))
-        self.index = Index(chunk_bytes, blocks, [], array("I"), b"", places)
+        self.index = Index(chunk_bytes, blocks, [], array("I"), b"", places, chunks)
         """What was taken in so far, but for digests and packs."""
         self._to, self._limit = to, pack_bytes
         self._known = [*known, *(index for _, index in lent)]
@@ -129,6 +134,7 @@ class Packing:
             index.numbers,
             self._digests,
             (numbers, index.offsets, index.lengths),
+            index.chunks,
         )
         listed = tuple(
             Pack(
@@ -187,7 +193,8 @@ class Packing:
 
     def _write(self, digest: bytes, frame: bytes, raw: int) -> tuple[int, int, int]:
         if self._writer is None:
-            self._writer, self._writing = Writer(self._to), len(self._packs)
+            self._writer = Writer(self._to, key=self.index.chunks.key)
+            self._writing = len(self._packs)
             self._packs.append(Named(blake3="0" * 64, bytes=0))  # known when it is whole
         place = self._writing, self._writer.add(digest, frame, raw), len(frame)
         self._new_chunks, self._new_bytes = self._new_chunks + 1, self._new_bytes + len(frame)

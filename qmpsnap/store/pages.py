@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from blake3 import blake3
 
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
@@ -34,6 +33,7 @@ from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.image import changed, examine_image
 from qmpsnap.store.layout import GOING, LocalRoot
 from qmpsnap.store.manifest import Digest, Image, Size
+from qmpsnap.store.secret import Keys, none
 
 NOTE = "pages.json"
 _FORMAT, _NEWEST = "qmpsnap-pages", 2
@@ -153,15 +153,17 @@ def forget(root: LocalRoot, vm: str, id: str) -> None:
             _remove(folder)
 
 
-def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) -> list[str]:
+def wrong(
+    folder: Path, index_blake3: str, on_progress: Progress | None = None, keys: Keys = none
+) -> list[str]:
     """Why the page images in *folder* are not what the index says, all that they hold read.
 
     Nothing is wrong where none are kept, nor with those that no restore would take. Raises
-    LocalFailed.
+    LocalFailed, and KeyMissing where the index is encrypted.
     """
     try:
         pages = found(folder, index_blake3)
-        index = ramindex.read(folder / INDEX, side=LocalFailed)
+        index = ramindex.read(folder / INDEX, side=LocalFailed, keys=keys)
     except (DamagedData, LocalFailed):
         return []
     troubles, done = [], 0
@@ -172,7 +174,8 @@ def wrong(folder: Path, index_blake3: str, on_progress: Progress | None = None) 
             for row in index.rows(number):
                 at, length = index.span(number, row)
                 stray += _pages(descriptor, end, at)
-                lost += blake3(os.pread(descriptor, length, at)).digest() != index.digest(row)
+                content = os.pread(descriptor, length, at)
+                lost += index.chunks.digest(content) != index.digest(row)
                 end = at + length
                 if on_progress is not None:
                     on_progress(done + at, total, f"reading {path.name}")

@@ -8,35 +8,42 @@ from pathlib import Path
 
 from qmpsnap.errors import (
     DamagedData,
+    KeyMissing,
     LocalFailed,
     PacksMissing,
     SnapError,
     StoreError,
     UsageError,
 )
-from qmpsnap.store import lending, moved, ramindex, remaking, shared, wire
+from qmpsnap.store import contents, lending, moved, ramindex, remaking, shared, wire
 from qmpsnap.store.files import Progress, Side, expect_size
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Pack
 from qmpsnap.store.packcheck import Checked
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.rampack import Frame, table
+from qmpsnap.store.secret import Keys, none
 from qmpsnap.store.shelf import Shelf, whereabouts
 
 _PIECE = 32  # chunks that are read at a time
 _NAMED = 8  # packs, or chunks, that one message names
 
 
-def index_of(manifest: Manifest, path: Path, *, side: Side = StoreError) -> Index:
+def index_of(
+    manifest: Manifest, path: Path, *, side: Side = StoreError, keys: Keys = none
+) -> Index:
     """The index of *manifest*, which is the file *path*, checked.
 
-    Raises DigestMismatch, DamagedData, *side*; UsageError when its RAM is not in packs.
+    Raises DigestMismatch, DamagedData, *side*; UsageError when its RAM is not in packs; KeyMissing.
     """
     entry = manifest.entry(manifest.ram.index) if manifest.ram.index is not None else None
     if entry is None:
         raise UsageError(f"the RAM of {manifest.vm} {manifest.id} is not in packs")
     expect_size(path, entry, side=side)
-    index = ramindex.read(path, side=side, blake3=entry.blake3)
+    role = contents.role(manifest, entry) if manifest.key is not None else None
+    index = ramindex.read(path, side=side, blake3=entry.blake3, keys=keys, role=role)
+    if index.chunks.key != manifest.key:
+        raise DamagedData(f"{path}: is encrypted with another key than the manifest says")
     listed = {pack.blake3 for pack in manifest.packs}
     if lost := [one.blake3 for one in index.packs if one.blake3 not in listed]:
         raise DamagedData(f"{path}: names packs that the manifest does not list: {in_words(lost)}")
@@ -51,6 +58,7 @@ def deliver(
     progress: Progress,
     instead: Mapping[str, Named] | None = None,
     anew: Collection[str] = (),
+    keys: Keys = none,
 ) -> None:
     """All packs of *manifest* are on the store, copied from *folder* where they were not there.
 
@@ -62,7 +70,7 @@ def deliver(
     waiting: list[FileEntry] = []
     replaced: list[tuple[Path, Named]] = []
     lost: list[str] = []
-    needs = _Needs(manifest, spool)
+    needs = _Needs(manifest, spool, keys)
     for pack in manifest.packs:
         needed = partial(needs.of, pack.blake3)
         if pack.blake3 in anew and _is_here(folder, pack.entry):
@@ -90,18 +98,19 @@ def deliver(
         again = entry.blake3 in anew
         shared.deliver(root, manifest.vm, entry, folder, progress, anew=again)
     for old, new in replaced:
-        _replace(old, new, progress)
+        _replace(old, new, keys, progress)
 
 
 class _Needs:
     """The chunks that a spool needs of each pack; its index is read when somebody asks."""
 
-    def __init__(self, manifest: Manifest, spool: Path) -> None:
+    def __init__(self, manifest: Manifest, spool: Path, keys: Keys) -> None:
         self._manifest, self._path = manifest, spool / str(manifest.ram.index)
+        self._keys = keys
 
     @cached_property
     def _all(self) -> dict[str, set[bytes]]:
-        index = index_of(self._manifest, self._path, side=LocalFailed)
+        index = index_of(self._manifest, self._path, side=LocalFailed, keys=self._keys)
         found: dict[str, set[bytes]] = {one.blake3: set() for one in index.packs}
         for row in range(len(index)):
             found[index.pack(row).blake3].add(index.digest(row))
@@ -122,7 +131,7 @@ def _instead(
     return new if needed() <= table(folder / new.blake3, side=LocalFailed).keys() else None
 
 
-def _replace(old: Path, new: Named, progress: Progress) -> None:
+def _replace(old: Path, new: Named, keys: Keys, progress: Progress) -> None:
     """The lost pack *old* leads to *new*, which is beside it now.
 
     What it was moved into before, and what is left of it, may be needed by others: it stays, as a
@@ -133,7 +142,7 @@ def _replace(old: Path, new: Named, progress: Progress) -> None:
     if (there := moved.there(old)) is None:
         moved.write(old, new, side=StoreError)
     elif there.name != new.blake3:
-        remaking.joined(old, there, old.with_name(new.blake3), progress)
+        remaking.joined(old, there, old.with_name(new.blake3), keys, progress)
 
 
 def _is_here(folder: Path, entry: FileEntry) -> bool:
@@ -190,21 +199,29 @@ def sizes(manifest: Manifest, shelf: Shelf) -> list[wire.Problem]:
 
 
 def verify(
-    manifest: Manifest, path: Path, shelf: Shelf, progress: Progress, checked: Checked
+    manifest: Manifest,
+    path: Path,
+    shelf: Shelf,
+    progress: Progress,
+    checked: Checked,
+    keys: Keys = none,
 ) -> list[wire.Problem]:
     """Read all packs, and see that the index *path* leads to chunks: what is wrong, by pack.
 
     Packs that *checked* has read are not read again; but chunks in those that are damaged are.
+    Where the key is not here, packs are what the manifest says, and more cannot be told.
     """
     found: dict[str, str] = {}
     for pack in manifest.packs:
         try:
             lying = shelf.pack(Named(blake3=pack.blake3, bytes=pack.bytes))
-            checked.check(lying, progress)
+            checked.check(lying, progress, keys)
         except (DamagedData, StoreError, LocalFailed) as failed:
             found[pack.entry.name] = str(failed)
     try:
-        index = index_of(manifest, path)
+        index = index_of(manifest, path, keys=keys)
+    except KeyMissing:
+        pass
     except (DamagedData, StoreError) as failed:
         found.setdefault(str(manifest.ram.index), str(failed))
     else:

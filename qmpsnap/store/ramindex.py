@@ -2,7 +2,8 @@
 
 The file is zstd around: a line of JSON (`Header`), then one number or digest for each chunk that
 is not all zeros, in columns, little-endian: its number (4 bytes; all blocks counted through, in
-order), its BLAKE3 (32), its pack (4), offset (8) and length (4) there.
+order), its name (32: see `chunks`), its pack (4), offset (8) and length (4) there. The index of RAM
+that is encrypted is encrypted itself (`box`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
+from io import BytesIO
 from itertools import pairwise
 from operator import add
 from pathlib import Path
@@ -20,15 +22,20 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qmpsnap.errors import DamagedData, DigestMismatch
+from qmpsnap.store import box
+from qmpsnap.store.box import Role
+from qmpsnap.store.chunks import PLAIN, Chunks, chunks_of
 from qmpsnap.store.files import Side, digest_bytes, read_small
 from qmpsnap.store.head import readable, version_of
 from qmpsnap.store.manifest import Digest, RamImage, Size
 from qmpsnap.store.pack import content_of, frame_of_all, size_of
 from qmpsnap.store.rampack import CHUNK_MAX, frame_max
 from qmpsnap.store.ramrows import DIGEST, Rows
+from qmpsnap.store.secret import Keys, none
+from qmpsnap.store.signature import KeyId
 
 NAME = "vmstate/ram.index"
-_FORMAT, _NEWEST = "qmpsnap-ram-index", 1
+_FORMAT, _NEWEST = "qmpsnap-ram-index", 2
 _COLUMNS = (("I", 4), ("B", 32), ("I", 4), ("Q", 8), ("I", 4))
 _ROW = sum(size for _, size in _COLUMNS)
 _LARGEST = 1 << 30  # bytes of an index: of a guest of some TiB
@@ -42,20 +49,26 @@ class Named(Struct, frozen=True, kw_only=True):
 
 
 class Header(Struct, frozen=True, kw_only=True):
-    """The first line of an index; *chunks* are those that are stored."""
+    """The first line of an index; *chunks* are those that are stored, encrypted with *key*."""
 
     format: Literal["qmpsnap-ram-index"] = "qmpsnap-ram-index"
-    version: Annotated[int, Meta(ge=1, le=1)] = 1
+    version: Annotated[int, Meta(ge=1, le=_NEWEST)] = 1
+    key: KeyId | None = None
     chunk_bytes: Annotated[int, Meta(ge=4096, le=CHUNK_MAX, multiple_of=4096)]
     blocks: list[RamImage]
     packs: list[Named]
     chunks: Size
 
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.version == 1):
+            raise ValueError("version 2 is encrypted, and version 1 is not")
+
 
 class Index:
     """The stored chunks of a snapshot's RAM, one in each *row*, in the order of the RAM.
 
-    Each column has one entry a row, but *digests*, which has 32 bytes.
+    Each column has one entry a row, but *digests*, which has 32 bytes. *chunks* knows what each
+    chunk is called and stored as.
     """
 
     def __init__(
@@ -66,7 +79,9 @@ class Index:
         numbers: array[int],
         digests: bytes | bytearray,
         places: tuple[array[int], array[int], array[int]],
+        chunks: Chunks = PLAIN,
     ) -> None:
+        self.chunks = chunks
         self.chunk_bytes, self.blocks, self.packs = chunk_bytes, tuple(blocks), tuple(packs)
         self.numbers, self.digests = numbers, digests
         self.pack_numbers, self.offsets, self.lengths = places
@@ -147,11 +162,14 @@ class Index:
                 array("Q", [self.offsets[row] for row in rows]),
                 array("I", [self.lengths[row] for row in rows]),
             ),
+            self.chunks,
         )
 
     def encode(self) -> bytes:
-        """The content of the file."""
+        """The content of the file, in the clear."""
         header = Header(
+            version=1 if self.chunks.key is None else 2,
+            key=self.chunks.key,
             chunk_bytes=self.chunk_bytes,
             blocks=list(self.blocks),
             packs=list(self.packs),
@@ -162,8 +180,18 @@ class Index:
         return frame_of_all(parts)
 
     @classmethod
-    def decode(cls, content: bytes, path: Path) -> Index:
-        """What the file *path* holds, checked. Raises ManifestError, DamagedData, naming *path*."""
+    def decode(
+        cls, content: bytes, path: Path, keys: Keys = none, role: Role | None = None
+    ) -> Index:
+        """What the file *path* holds, checked. Raises ManifestError, DamagedData, naming *path*.
+
+        With a *role* it has to be encrypted, for that. Raises KeyMissing where it is encrypted, or
+        its chunks are.
+        """
+        sealed = None
+        if role is not None or box.is_box(content):
+            reader = box.Reader(BytesIO(content), keys, path, role=role)
+            content, sealed = reader.read(), reader.key
         try:
             plain = content_of(content, min(size_of(content), _LARGEST))
         except DamagedData as odd:
@@ -172,6 +200,8 @@ class Index:
         version_of(head, _FORMAT, _NEWEST, path)
         with readable(head, path):
             header = msgspec.json.decode(head, type=Header)
+        if sealed is not None and header.key != sealed:
+            raise DamagedData(f"{path}: is the index of chunks of another key")
         at = len(head) + len(newline)
         if len(plain) - at != header.chunks * _ROW:
             raise DamagedData(f"{path}: has not the {header.chunks} chunks that it tells of")
@@ -193,6 +223,7 @@ class Index:
             numbers,
             digests,
             (places[0], places[1], places[2]),
+            chunks_of(header.key, keys),
         )
         found._check(path)
         return found
@@ -212,15 +243,24 @@ class Index:
             raise DamagedData(f"{path}: a chunk lies behind the end of its pack")
 
 
-def read(path: Path, *, side: Side, blake3: str | None = None) -> Index:
+def read(
+    path: Path,
+    *,
+    side: Side,
+    blake3: str | None = None,
+    keys: Keys = none,
+    role: Role | None = None,
+) -> Index:
     """The index in the file *path*, whose digest must be *blake3*, where that is known.
 
-    Raises *side*, DigestMismatch, ManifestError and DamagedData, which name *path*.
+    With a *role* it has to be encrypted, for that, with one of the *keys*.
+
+    Raises *side*, DigestMismatch, ManifestError and DamagedData, which name *path*; KeyMissing.
     """
     content = read_small(path, side=side, limit=_LARGEST)
     if blake3 is not None and digest_bytes(content) != blake3:
         raise DigestMismatch(f"{path}: the content is not what the manifest says (BLAKE3)")
-    return Index.decode(content, path)
+    return Index.decode(content, path, keys, role)
 
 
 def _little(column: array[int]) -> bytes:

@@ -1,12 +1,14 @@
 """A pack of RAM chunks as a file: the only place that knows its bytes.
 
     0     8   QSNPPACK
-    8     8   version 1, and 4 bytes of zeros
-    16        frames of zstd, a chunk in each, one behind the other
-    table     48 bytes a frame: BLAKE3 of the chunk (32), offset (8), length (4), its own length (4)
+    8     8   version 1, and 4 bytes of zeros; version 2, and algorithm 1: encrypted
+    16    8   version 2 only: the ID of the key that it is encrypted with
+    ...       frames (see `chunks`), a chunk in each, one behind the other
+    table     48 bytes a frame: name of the chunk (32), offset (8), length (4), its own length (4)
     -24   24  offset of the table, number of frames, QSNPEND1
 
-Numbers are little-endian. A pack is called by the BLAKE3 of all of it.
+Numbers are little-endian. A pack is called by the BLAKE3 of all of it. Nothing of it changes when
+frames are taken into another pack, of the same key.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from qmpsnap.errors import DamagedData, DigestMismatch, LocalFailed, ManifestError, StoreError
+from qmpsnap.errors import DamagedData, LocalFailed, ManifestError, StoreError
+from qmpsnap.store.aead import TAG_BYTES
+from qmpsnap.store.chunks import chunks_of
 from qmpsnap.store.files import Progress, Side, opened, read_back, sync_folder, told, write_all
 from qmpsnap.store.layout import PARTIAL
 from qmpsnap.store.manifest import FileEntry, Pack
-from qmpsnap.store.pack import content_of
+from qmpsnap.store.secret import Keys
 
 _HEAD = struct.Struct("<8sII")
 _ROW = struct.Struct("<32sQII")
 _FOOT = struct.Struct("<QQ8s")
-_MAGIC, _VERSION, _END = b"QSNPPACK", 1, b"QSNPEND1"
+_MAGIC, _PLAIN, _ENCRYPTED, _END = b"QSNPPACK", 1, 2, b"QSNPEND1"
+_AES_256_SIV = 1
+_KEY_BYTES = 8
 _SYNC_EVERY = 32 << 20
 CHUNK_MAX = 16 << 20
 """Bytes that a chunk may have; more is not believed."""
@@ -49,14 +55,18 @@ class Frame(NamedTuple):
 
 def frame_max(raw: int) -> int:
     """Bytes that the frame of a chunk of *raw* bytes may have (zstd.h: ZSTD_COMPRESSBOUND)."""
-    return raw + (raw >> 8) + 64
+    return raw + (raw >> 8) + 64 + TAG_BYTES
 
 
 class Writer:
-    """A pack being written into *folder*, under a name of its own until it is whole."""
+    """A pack being written into *folder*, under a name of its own until it is whole.
 
-    def __init__(self, folder: Path, *, side: Side = LocalFailed) -> None:
+    *key*: the ID of the key that all of its chunks are encrypted with.
+    """
+
+    def __init__(self, folder: Path, *, key: str | None = None, side: Side = LocalFailed) -> None:
         self._path, self._side = folder / f"{token_hex(8)}{PARTIAL}", side
+        self.key = key
         self._hasher, self._table = blake3(), bytearray()
         self.bytes = self.rows = self._synced = 0
         self.anew = True
@@ -64,7 +74,11 @@ class Writer:
         with told(self._path, side):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            self._write(_HEAD.pack(_MAGIC, _VERSION, 0))
+            if key is None:
+                self._write(_HEAD.pack(_MAGIC, _PLAIN, 0))
+            else:
+                head = _HEAD.pack(_MAGIC, _ENCRYPTED, _AES_256_SIV)
+                self._write(head + bytes.fromhex(key))
         except BaseException:
             self.discard()
             raise
@@ -113,22 +127,43 @@ class Writer:
                 self._synced = self.bytes
 
 
+def key_of(path: Path, *, side: Side) -> str | None:
+    """The ID of the key that the pack *path* is encrypted with; None: it is not.
+
+    Raises *side*, DamagedData, ManifestError.
+    """
+    with opened(path, side) as descriptor:
+        return _key_of(path, os.pread(descriptor, _HEAD.size + _KEY_BYTES, 0))
+
+
+def _key_of(path: Path, head: bytes) -> str | None:
+    if len(head) < _HEAD.size or head[:8] != _MAGIC:
+        raise DamagedData(f"{path}: is no pack")
+    _, version, algorithm = _HEAD.unpack(head[: _HEAD.size])
+    if version == _PLAIN:
+        return None
+    if (version, algorithm) != (_ENCRYPTED, _AES_256_SIV):
+        raise ManifestError(
+            f"{path}: is a pack of version {version}, algorithm {algorithm}; this qmpsnap knows up "
+            f"to {_ENCRYPTED} and {_AES_256_SIV}",
+            hint="use the qmpsnap that wrote it, or a newer one",
+        )
+    if len(head) < _HEAD.size + _KEY_BYTES:
+        raise DamagedData(f"{path}: is no pack")
+    return head[_HEAD.size : _HEAD.size + _KEY_BYTES].hex()
+
+
 def table(path: Path, *, side: Side) -> dict[bytes, Frame]:
-    """What is in the pack *path*, by the digests of the chunks.
+    """What is in the pack *path*, by the names of the chunks.
 
     Raises *side*, DamagedData for what is no pack, and ManifestError for one of a newer version.
     """
     with opened(path, side) as descriptor:
         size = os.fstat(descriptor).st_size
-        head = os.pread(descriptor, _HEAD.size, 0)
+        _key_of(path, os.pread(descriptor, _HEAD.size + _KEY_BYTES, 0))
         foot = os.pread(descriptor, _FOOT.size, max(0, size - _FOOT.size))
-        if len(head) < _HEAD.size or len(foot) < _FOOT.size or head[:8] != _MAGIC:
+        if len(foot) < _FOOT.size:
             raise DamagedData(f"{path}: is no pack")
-        if (version := _HEAD.unpack(head)[1]) != _VERSION:
-            raise ManifestError(
-                f"{path}: is a pack of version {version}; this qmpsnap knows {_VERSION}",
-                hint="use the qmpsnap that wrote it, or a newer one",
-            )
         at, count, end = _FOOT.unpack(foot)
         if count > _ROWS_MAX:
             raise DamagedData(f"{path}: is a pack of {count} chunks, more than are believed")
@@ -151,27 +186,24 @@ def copy(
     frames: Mapping[bytes, Frame],
     writer: Writer,
     written: set[bytes],
+    keys: Keys,
     progress: Progress | None,
 ) -> None:
     """Append *frames* of the pack *path*, which is on the store; those that are *written* are.
 
-    Raises StoreError, DigestMismatch for a chunk that is damaged.
+    Raises StoreError, DigestMismatch for a chunk that is damaged, DamagedData for a pack of another
+    key than the one that is written; KeyMissing: what cannot be checked is not moved.
     """
+    chunks = chunks_of(key_of(path, side=StoreError), keys)
+    if chunks.key != writer.key:
+        raise DamagedData(f"{path}: is encrypted with another key than what it is to be moved to")
     with opened(path, StoreError) as reading:
         for digest, frame in sorted(frames.items(), key=lambda one: one[1].offset):
             if digest in written:
                 continue
             content = os.pread(reading, frame.length, frame.offset)
-            chunk_of(content, digest, frame.raw)
+            chunks.content(content, digest, frame.raw)
             writer.add(digest, content, frame.raw)
             written.add(digest)
             if progress is not None:
                 progress(writer.bytes, 0, "moving RAM that is still needed")
-
-
-def chunk_of(frame: bytes | memoryview, digest: bytes, raw: int) -> bytes:
-    """The chunk *digest*, of *raw* bytes, out of its frame. Raises DigestMismatch."""
-    content = content_of(frame, raw)
-    if blake3(content).digest() != digest:
-        raise DigestMismatch("is another chunk (BLAKE3)")
-    return content

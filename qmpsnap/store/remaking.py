@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from qmpsnap.errors import PacksMissing, StoreError
-from qmpsnap.store import moved
+from qmpsnap.errors import LocalFailed, PacksMissing, StoreError
+from qmpsnap.store import moved, ramindex
 from qmpsnap.store.chunking import stop_if
 from qmpsnap.store.files import Progress, sync_folder, told
 from qmpsnap.store.filling import Neighbour, neighbour
-from qmpsnap.store.pack import frame_of
 from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.rampack import Writer, copy, table
+from qmpsnap.store.rampack import Writer, copy, key_of, table
+from qmpsnap.store.secret import Keys, none
 
 
 def remade(
@@ -22,6 +22,7 @@ def remade(
     near: Sequence[Path],
     to: Path,
     *,
+    keys: Keys = none,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, Named]:
@@ -36,12 +37,17 @@ def remade(
     found: dict[str, Named] = {}
     missing = []
     with ExitStack() as stack:
-        neighbours = [one for one in map(neighbour, near) if one is not None]
+
+        def read(path: Path) -> Index:
+            return ramindex.read(path, side=LocalFailed, keys=keys)
+
+        found_near = (neighbour(one, read, index.chunks.key) for one in near)
+        neighbours = [one for one in found_near if one is not None]
         for one in neighbours:
             stack.callback(one.close)
         for name in lost:
             rows = [row for row in range(len(index)) if index.pack(row).blake3 == name]
-            writer = Writer(to)
+            writer = Writer(to, key=index.chunks.key)
             try:
                 if _written(writer, index, rows, neighbours, on_progress, cancelled):
                     pack = writer.close()
@@ -59,17 +65,17 @@ def remade(
     return found
 
 
-def joined(name: Path, path: Path, new: Path, progress: Progress | None) -> None:
+def joined(name: Path, path: Path, new: Path, keys: Keys, progress: Progress | None) -> None:
     """What the pack *name* has, and *new*, is in a third one, which *name* leads to. It goes.
 
-    It is the file *path* now (a sweep may have put it aside). Raises StoreError, DamagedData: it
-    is as it was then.
+    It is the file *path* now (a sweep may have put it aside). Raises StoreError, DamagedData,
+    KeyMissing: it is as it was then.
     """
-    writer = Writer(name.parent, side=StoreError)
+    writer = Writer(name.parent, key=key_of(new, side=StoreError), side=StoreError)
     try:
         written: set[bytes] = set()
         for one in (path, new):
-            copy(one, table(one, side=StoreError), writer, written, progress)
+            copy(one, table(one, side=StoreError), writer, written, keys, progress)
         pack = writer.close(progress)
     finally:
         writer.discard()
@@ -99,7 +105,7 @@ def _written(
         content = next((one for one in contents if one is not None), None)
         if content is None:
             return False
-        writer.add(digest, frame_of(content), length)
+        writer.add(digest, index.chunks.frame(content, digest), length)
         written.add(digest)
         if on_progress is not None:
             on_progress(writer.bytes, 0, "making lost RAM again")

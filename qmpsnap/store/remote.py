@@ -33,7 +33,9 @@ class Store:
     killed, and left behind if even that does not end it. Cancellation does the same at once.
 
     *trust* says what a manifest has to be signed with, before anything that it names is read: its
-    public keys are all that the worker ever learns of the keys. None asks for no signature.
+    public keys are all that the worker ever learns of the keys that sign. None asks for no
+    signature. *keys* is the folder of those that files are encrypted with: the worker itself reads
+    one when it needs it, and no request has a secret in it.
 
     Each verb raises StoreStalled then, StoreError for the store's own troubles, UsageError for a
     name that is none, and what it says besides; one that reads a manifest, SignatureWrong,
@@ -47,9 +49,10 @@ class Store:
         *,
         command: Sequence[str] = _WORKER,
         trust: Trusting | None = None,
+        keys: Path | None = None,
     ) -> None:
         self.root, self.within, self.command = root, within, tuple(command)
-        self.trust = trust
+        self.trust, self.keys = trust, keys
         self._talk: Talk | None = None
 
     async def examine(self) -> Filesystem:
@@ -288,7 +291,9 @@ class Store:
 
         The start of a process costs more than most verbs. After the block each has its own again.
         """
-        store = Store(self.root, self.within, command=self.command, trust=self.trust)
+        store = Store(
+            self.root, self.within, command=self.command, trust=self.trust, keys=self.keys
+        )
         store._talk = Talk(self.command, str(self.root.path), self.within)
         try:
             yield store
@@ -307,6 +312,8 @@ class Store:
         if self.trust is not None:
             trust = await asyncio.to_thread(self.trust)
             request = msgspec.structs.replace(request, trust=trust)
+        if self.keys is not None:
+            request = msgspec.structs.replace(request, keys=_spelled(self.keys))
         if self._talk is not None and not pass_fds:
             return understood(await self._talk.ask(request, on_progress), kind)
         talk = Talk(self.command, str(self.root.path), self.within, pass_fds=pass_fds)

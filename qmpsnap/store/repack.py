@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qmpsnap.errors import DamagedData, SnapError, StoreError
+from qmpsnap.errors import DamagedData, KeyMissing, SnapError, StoreError
 from qmpsnap.store import moved, ramhalf
 from qmpsnap.store.chunking import PACK
 from qmpsnap.store.files import Progress, sync_folder
 from qmpsnap.store.layout import StoreRoot, aside
 from qmpsnap.store.manifest import Manifest
 from qmpsnap.store.ramindex import Named
-from qmpsnap.store.rampack import ROWS, Frame, Writer, copy, table
+from qmpsnap.store.rampack import ROWS, Frame, Writer, copy, key_of, table
+from qmpsnap.store.secret import Keys, none
 
 
 class Look(Protocol):
@@ -34,9 +35,10 @@ class Look(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Old:
-    """A pack, what is needed of it, and where that lies."""
+    """A pack, encrypted with *key* or not, what is needed of it, and where that lies."""
 
     path: Path
+    key: str | None
     frames: dict[bytes, Frame]
 
     @property
@@ -45,12 +47,18 @@ class _Old:
 
 
 def repack(
-    root: StoreRoot, vm: str, look: Look, waiting: Collection[str], progress: Progress | None
+    root: StoreRoot,
+    vm: str,
+    look: Look,
+    waiting: Collection[str],
+    progress: Progress | None,
+    keys: Keys = none,
 ) -> None:
     """Move what is needed out of packs that are less than half needed; those go.
 
     Packs that *waiting* names stay as they are: who waits may need more of them. So do damaged
-    ones. Nothing is done where a manifest or an index cannot be read. Raises StoreError, OSError.
+    ones. Nothing is done where a manifest or an index cannot be read, be it for want of a key.
+    Raises StoreError, OSError.
     """
     if not any(one.packs for one in look.manifests.values()) or look.needed() is None:
         return
@@ -62,7 +70,7 @@ def repack(
         sparse = _maybe_sparse(folder, look.manifests.values(), lying) - kept
         if not noted and not sparse:
             return
-        needs = _needs(root, look.manifests, lying, noted | sparse)
+        needs = _needs(root, look.manifests, lying, noted | sparse, keys)
     except SnapError:
         return
     for name in sorted(noted):
@@ -73,11 +81,12 @@ def repack(
         with suppress(DamagedData):
             frames = table(folder / name, side=StoreError)
             if needs[name] <= frames.keys():
-                old = _Old(folder / name, {one: frames[one] for one in needs[name]})
+                key = key_of(folder / name, side=StoreError)
+                old = _Old(folder / name, key, {one: frames[one] for one in needs[name]})
                 if old.bytes * 2 < (folder / name).stat().st_size:
                     olds.append(old)
     for group in _grouped(olds):
-        if not _moved(folder, group, look, progress):
+        if not _moved(folder, group, look, keys, progress):
             return
 
 
@@ -112,7 +121,11 @@ def _maybe_sparse(
 
 
 def _needs(
-    root: StoreRoot, manifests: Mapping[str, Manifest], lying: Mapping[str, str], wanted: set[str]
+    root: StoreRoot,
+    manifests: Mapping[str, Manifest],
+    lying: Mapping[str, str],
+    wanted: set[str],
+    keys: Keys,
 ) -> dict[str, set[bytes]]:
     """The chunks that snapshots need of the packs *wanted*. Raises SnapError for an index."""
     found: dict[str, set[bytes]] = {name: set() for name in wanted}
@@ -120,7 +133,8 @@ def _needs(
         listed = {pack.blake3: lying.get(pack.blake3, "") for pack in manifest.packs}
         if wanted.isdisjoint(listed.values()):
             continue
-        index = ramhalf.index_of(manifest, root.snapshot(manifest.vm, id) / str(manifest.ram.index))
+        path = root.snapshot(manifest.vm, id) / str(manifest.ram.index)
+        index = ramhalf.index_of(manifest, path, keys=keys)
         places = [listed[pack.blake3] for pack in index.packs]
         for row, number in enumerate(index.pack_numbers):
             if places[number] in found:
@@ -145,11 +159,12 @@ def _settled(pack: Path, needed: set[bytes], look: Look, *, stays: bool) -> bool
 
 
 def _grouped(olds: Iterable[_Old]) -> list[list[_Old]]:
-    """Those that go into one new pack."""
+    """Those that go into one new pack: of one key."""
     groups: list[list[_Old]] = []
     room = rows = 0
-    for old in olds:
-        if old.bytes > room or len(old.frames) > rows:
+    for old in sorted(olds, key=lambda one: one.key or ""):
+        other = bool(groups) and groups[-1][0].key != old.key
+        if other or old.bytes > room or len(old.frames) > rows:
             groups.append([])
             room, rows = PACK, ROWS
         groups[-1].append(old)
@@ -157,15 +172,18 @@ def _grouped(olds: Iterable[_Old]) -> list[list[_Old]]:
     return groups
 
 
-def _moved(folder: Path, olds: list[_Old], look: Look, progress: Progress | None) -> bool:
+def _moved(
+    folder: Path, olds: list[_Old], look: Look, keys: Keys, progress: Progress | None
+) -> bool:
     """False when somebody else is at work here."""
-    writer = Writer(folder, side=StoreError)
+    writer = Writer(folder, key=olds[0].key, side=StoreError)
     done: list[_Old] = []
     try:
         written: set[bytes] = set()
         for old in olds:
-            with suppress(DamagedData):  # a damaged one stays as it is, and `verify` tells
-                copy(old.path, old.frames, writer, written, progress)
+            # a damaged one stays as it is, and `verify` tells; so does one whose key is not here
+            with suppress(DamagedData, KeyMissing):
+                copy(old.path, old.frames, writer, written, keys, progress)
                 done.append(old)
         if not done:
             return True

@@ -17,7 +17,8 @@ import msgspec
 
 from qmpsnap.errors import UNREADABLE, DamagedData, LocalFailed, StoreError
 from qmpsnap.spelling import encode, spelled
-from qmpsnap.store import local
+from qmpsnap.store import box, local
+from qmpsnap.store.contents import shared_role
 from qmpsnap.store.files import (
     Progress,
     copy_verified,
@@ -30,11 +31,15 @@ from qmpsnap.store.files import (
     told,
 )
 from qmpsnap.store.layout import LocalRoot, StoreRoot, aside
-from qmpsnap.store.manifest import FileEntry
+from qmpsnap.store.manifest import FileEntry, Plain
+from qmpsnap.store.secret import Secret
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of the host as it was when it was read: while it is the same, it is not read again."""
+    """A file of the host as it was when it was read: while it is the same, it is not read again.
+
+    *stored* is its copy, encrypted with the key called *key*; without, the copy is as the file.
+    """
 
     device: int
     inode: int
@@ -42,18 +47,30 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     mtime_ns: int
     ctime_ns: int
     blake3: str
+    key: str | None = None
+    stored: Plain | None = None
+
+    @property
+    def entry(self) -> FileEntry:
+        """The copy."""
+        it = self.stored or self
+        return FileEntry(name=f"shared/{it.blake3}", bytes=it.bytes, blake3=it.blake3)
 
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
     """`shared.json` of a VM's local folder: the files of the newest snapshot, by their paths."""
 
     format: Literal["qmpsnap-shared"] = "qmpsnap-shared"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     files: dict[str, Note]
 
 
-def keep(root: LocalRoot, vm: str, paths: Iterable[str]) -> tuple[dict[str, Note], dict[str, str]]:
+def keep(
+    root: LocalRoot, vm: str, paths: Iterable[str], secret: Secret | None = None
+) -> tuple[dict[str, Note], dict[str, str]]:
     """Copies of *paths* are on the local root afterwards: their notes, and why one has none.
+
+    With a *secret* they are encrypted with it.
 
     What is as it was noted is not read again. Copies that no spool waits for, and that are none of
     *paths*, go. The caller holds the VM's lock. Raises LocalFailed when the root takes no notes.
@@ -62,14 +79,16 @@ def keep(root: LocalRoot, vm: str, paths: Iterable[str]) -> tuple[dict[str, Note
     found, troubles = {}, {}
     for path in paths:
         try:
-            found[path] = _kept(root, vm, path, known.get(spelled(path)))
+            found[path] = _kept(root, vm, path, known.get(spelled(path)), secret)
         except (LocalFailed, DamagedData) as failed:
             troubles[path] = str(failed)
     if found or known:
-        content = encode(Notes(files={spelled(path): one for path, one in found.items()}))
+        version: Literal[1, 2] = 1 if secret is None else 2  # older ones would list it as it is not
+        notes = {spelled(path): one for path, one in found.items()}
+        content = encode(Notes(version=version, files=notes))
         make_folders(root.shared(vm), root.path, side=LocalFailed)
         replace(root.notes(vm), content, side=LocalFailed)
-    _sweep_local(root, vm, {one.blake3 for one in found.values()})
+    _sweep_local(root, vm, {one.entry.blake3 for one in found.values()})
     return found, troubles
 
 
@@ -142,23 +161,32 @@ def schemas() -> dict[str, dict[str, object]]:
     return {"qmpsnap-shared": dialect | msgspec.json.schema(Notes)}
 
 
-def _kept(root: LocalRoot, vm: str, path: str, known: Note | None) -> Note:
+def _kept(root: LocalRoot, vm: str, path: str, known: Note | None, secret: Secret | None) -> Note:
     seen = _seen(path)
-    if known is not None and msgspec.structs.replace(seen, blake3=known.blake3) == known:
+    if known is not None and known.key == (secret.key if secret is not None else None):
+        same = msgspec.structs.replace(
+            seen, blake3=known.blake3, key=known.key, stored=known.stored
+        )
         with suppress(LocalFailed, DamagedData):
-            expect_size(root.shared(vm) / known.blake3, _entry(known), side=LocalFailed)
-            return known
+            expect_size(root.shared(vm) / known.entry.blake3, known.entry, side=LocalFailed)
+            if same == known:
+                return known
     real = Path(os.path.realpath(path))  # /vmlinuz is a link on many a host
     size, digest = digest_file(real, side=LocalFailed)
     noted = msgspec.structs.replace(seen, blake3=digest)
     make_folders(root.shared(vm), root.path, side=LocalFailed)
+    if secret is not None:
+        noted = _encrypted(root.shared(vm), real, vm, noted, secret)
+        if size != seen.bytes or _seen(path) != seen:
+            raise LocalFailed(f"{path}: was changed while it was read")
+        return noted
     copy = root.shared(vm) / digest
     with suppress(LocalFailed, DamagedData):
-        expect_size(copy, _entry(noted), side=LocalFailed)
+        expect_size(copy, noted.entry, side=LocalFailed)
         return noted
     with told(copy, LocalFailed):
         copy.unlink(missing_ok=True)
-    copy_verified(real, copy, _entry(noted), source=LocalFailed, target=LocalFailed)
+    copy_verified(real, copy, noted.entry, source=LocalFailed, target=LocalFailed)
     if size != seen.bytes or _seen(path) != seen:
         raise LocalFailed(f"{path}: was changed while it was read")
     return noted
@@ -177,8 +205,19 @@ def _seen(path: str) -> Note:
     )
 
 
-def _entry(note: Note) -> FileEntry:
-    return FileEntry(name=f"shared/{note.blake3}", bytes=note.bytes, blake3=note.blake3)
+def _encrypted(folder: Path, real: Path, vm: str, note: Note, secret: Secret) -> Note:
+    """*note* with the copy of *real* in *folder*, encrypted. Raises LocalFailed."""
+    fresh = folder / token_hex(8)
+    try:
+        size, digest = box.seal(real, fresh, secret, shared_role(vm), side=LocalFailed)
+        with told(fresh, LocalFailed):
+            fresh.replace(folder / digest)
+            sync_folder(folder)
+    finally:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+    stored = Plain(bytes=size, blake3=digest)
+    return msgspec.structs.replace(note, key=secret.key, stored=stored)
 
 
 def _noted(root: LocalRoot, vm: str) -> dict[str, Note]:
@@ -211,7 +250,7 @@ def sweep_local(root: LocalRoot, vm: str) -> None:
     The caller holds the VM's lock, and has no packs there whose spool is not sealed yet. Raises
     LocalFailed.
     """
-    _sweep_local(root, vm, {one.blake3 for one in _noted(root, vm).values()})
+    _sweep_local(root, vm, {one.entry.blake3 for one in _noted(root, vm).values()})
 
 
 def _sweep_local(root: LocalRoot, vm: str, needed: set[str]) -> None:

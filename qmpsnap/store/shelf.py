@@ -15,7 +15,7 @@ from qmpsnap.store import moved
 from qmpsnap.store.files import Side, told
 from qmpsnap.store.manifest import FileEntry
 from qmpsnap.store.ramindex import Index, Named
-from qmpsnap.store.rampack import Frame, chunk_of, table
+from qmpsnap.store.rampack import Frame, table
 
 Folder = tuple[Path, Side]
 """A folder that packs lie in, and the error that its troubles are raised as."""
@@ -126,7 +126,8 @@ class Shelf(AbstractContextManager["Shelf"]):
             at = one.offset - start
             _, raw = index.span(index.block_of(one.row), one.row)
             try:
-                chunk = chunk_of(content[at : at + one.length], index.digest(one.row), raw)
+                frame = content[at : at + one.length]
+                chunk = index.chunks.content(frame, index.digest(one.row), raw)
             except DigestMismatch as odd:
                 where = whereabouts(index, one.row)
                 raise DigestMismatch(f"{where}: {lying.path} at {one.offset}: {odd}") from odd

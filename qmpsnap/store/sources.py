@@ -16,6 +16,7 @@ from qmpsnap.store import filling, ramindex, wire
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.filling import Filled
 from qmpsnap.store.ramindex import Index
+from qmpsnap.store.secret import Keys, none
 from qmpsnap.store.shelf import Shelf
 
 _State = tuple[int, int, int, int]
@@ -36,7 +37,11 @@ class Sources:
         self._near: dict[Path, tuple[_State, Index]] = {}
 
     def fill(
-        self, request: wire.Fill, found: Callable[[], tuple[Index, Shelf]], progress: Progress
+        self,
+        request: wire.Fill,
+        found: Callable[[], tuple[Index, Shelf]],
+        progress: Progress,
+        keys: Keys = none,
     ) -> Filled:
         """Do *request*, with what *found* gives if that is not at hand. Raises as `filling.fill`
         and *found*."""
@@ -47,14 +52,14 @@ class Sources:
             (self._index, self._shelf), self._of = found(), of
         assert self._index is not None
         try:
-            return self._filled(self._index, request, progress)
+            return self._filled(self._index, request, progress, keys)
         except SnapError:
             if fresh:
                 raise
         self._shelf.forget()  # a pack may have been moved since
-        return self._filled(self._index, request, progress)
+        return self._filled(self._index, request, progress, keys)
 
-    def _filled(self, index: Index, request: wire.Fill, progress: Progress) -> Filled:
+    def _filled(self, index: Index, request: wire.Fill, progress: Progress, keys: Keys) -> Filled:
         near = [Path(one) for one in request.near]
         for gone in self._near.keys() - {one / filling.INDEX for one in near}:
             del self._near[gone]
@@ -64,16 +69,16 @@ class Sources:
                 shelf,
                 Path(request.to),
                 near=near,
-                near_index=self._near_index,
+                near_index=lambda path: self._near_index(path, keys),
                 spans=request.spans,
                 on_progress=progress,
             )
 
-    def _near_index(self, path: Path) -> Index:
+    def _near_index(self, path: Path, keys: Keys) -> Index:
         with told(path, LocalFailed):
             it = path.lstat()
         state = it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns
         if path not in self._near or self._near[path][0] != state:
             self._near.pop(path, None)
-            self._near[path] = state, ramindex.read(path, side=LocalFailed)
+            self._near[path] = state, ramindex.read(path, side=LocalFailed, keys=keys)
         return self._near[path][1]

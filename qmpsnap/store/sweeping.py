@@ -12,6 +12,7 @@ from qmpsnap.store import moved, repack
 from qmpsnap.store.files import Progress, read_small, sync_folder, told
 from qmpsnap.store.layout import GOING, MANIFEST, StoreRoot, aside
 from qmpsnap.store.manifest import Manifest, decode
+from qmpsnap.store.secret import Keys, none
 
 
 def sweep(
@@ -21,6 +22,7 @@ def sweep(
     *,
     waiting: Collection[str] = (),
     guard: Callable[[], None] = lambda: None,
+    keys: Keys = none,
 ) -> None:
     """Remove what no snapshot on the store needs any more; *progress* is told of each manifest.
 
@@ -47,7 +49,7 @@ def sweep(
             raise
         with suppress(StoreError, OSError):
             # moving takes room, and a removal must not want any: the next one tries again
-            repack.repack(root, vm, look, waiting, progress)
+            repack.repack(root, vm, look, waiting, progress, keys)
         with suppress(OSError):
             root.shared(vm).rmdir()  # only when it is empty
         sync_folder(root.vm(vm))

@@ -12,10 +12,13 @@ from qmpsnap.errors import (
     DigestMismatch,
     Foreign,
     HalfMissing,
+    KeyMissing,
+    KeyRefused,
     LeaseHeld,
     LeaseLost,
     LocalFailed,
     ManifestError,
+    NotAuthentic,
     PacksMissing,
     SignatureWrong,
     SnapError,
@@ -33,11 +36,13 @@ from qmpsnap.store.signature import Signed, Trust
 class Request(Struct, frozen=True, kw_only=True, tag_field="verb", tag=str.lower):
     """One request; *root* is the store root, and all of the store that is touched is below it.
 
-    *trust*: the keys that a manifest has to be signed with; None: it is not asked for.
+    *trust*: the keys that a manifest has to be signed with; None: it is not asked for. *keys*: the
+    folder of the keys that files are encrypted with, which are read when one is needed.
     """
 
     root: str
     trust: Trust | None = None
+    keys: str | None = None
 
 
 class Examine(Request, frozen=True, kw_only=True):
@@ -281,8 +286,9 @@ class Told(Exception):
 _KINDS = {
     kind("").code: kind
     for kind in (
-        DamagedData, DigestMismatch, Foreign, HalfMissing, LeaseHeld, LeaseLost, LocalFailed,
-        ManifestError, SignatureWrong, StoreAway, StoreError, StoreRefused, Unsigned, UsageError,
+        DamagedData, DigestMismatch, Foreign, HalfMissing, KeyMissing, KeyRefused, LeaseHeld,
+        LeaseLost, LocalFailed, ManifestError, NotAuthentic, SignatureWrong, StoreAway, StoreError,
+        StoreRefused, Unsigned, UsageError,
     )
 }  # fmt: skip
 

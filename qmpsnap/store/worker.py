@@ -20,10 +20,11 @@ import msgspec
 
 from qmpsnap.errors import UNREADABLE, LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host.filesystem import Filesystem, examine
-from qmpsnap.store import half, lease, naming, wire
+from qmpsnap.store import half, lease, naming, secretring, wire
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.packcheck import Checked
+from qmpsnap.store.secret import Keys, none
 from qmpsnap.store.sources import Sources
 
 _TELL_EVERY = 0.1  # seconds
@@ -62,7 +63,7 @@ def understood(line: bytes) -> wire.AnyRequest:
 
 def answer_to(request: wire.AnyRequest) -> Any:
     """Do what *request* says; the answer is the Struct or the plain value of its verb."""
-    root = StoreRoot(Path(request.root))
+    root, keys = StoreRoot(Path(request.root)), _keys(request)
     if isinstance(request, wire.Ship | wire.Verify):
         os.nice(10)  # nobody waits for these: the guests come first
     if not isinstance(request, wire.Examine | wire.Catalogue):
@@ -75,30 +76,30 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Ship():
             _same_device(root, request.device)
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.ship(root, request, progress, guard)
+                return half.ship(root, request, progress, guard, keys)
         case wire.Verify():
-            return half.verify(root, request, _progress, _checked)
+            return half.verify(root, request, _progress, _checked, keys)
         case wire.Glance():
-            return half.glance(root, request, _progress)
+            return half.glance(root, request, _progress, keys)
         case wire.Read():
-            return half.read(root, request)
+            return half.read(root, request, keys)
         case wire.Load():
-            return half.load(root, request, _progress)
+            return half.load(root, request, _progress, keys)
         case wire.Fetch():
-            return half.fetch(root, request, _progress)
+            return half.fetch(root, request, _progress, keys)
         case wire.Remove():
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.remove(root, request, progress, guard)
+                return half.remove(root, request, progress, guard, keys)
         case wire.Sign():
             with _owned(root, request.vm, request.lease) as (_, guard):
                 return half.sign(root, request, guard)
         case wire.Sweep():
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.sweep(root, request.vm, progress, request.waiting, guard)
+                return half.sweep(root, request.vm, progress, request.waiting, guard, keys)
         case wire.Fill():
-            return half.fill(root, request, _progress, _sources)
+            return half.fill(root, request, _progress, _sources, keys)
         case wire.Packs():
-            return half.packs(root, request, _progress, _checked)
+            return half.packs(root, request, _progress, _checked, keys)
         case wire.Lost(vm=vm, packs=packs):
             return half.lost(root, vm, packs, _progress)
         case wire.Own(vm=vm, lease=who, act=act):
@@ -115,6 +116,11 @@ def _refuse_alias(root: StoreRoot, vm: str) -> None:
         naming.refuse_alias(root, vm)
         if os.path.lexists(root.vm(vm)):
             _apart.add((root.path, vm))
+
+
+def _keys(request: wire.AnyRequest) -> Keys:
+    """The keys that files are encrypted with; none is read before it is needed."""
+    return none if request.keys is None else secretring.ring(Path(request.keys))
 
 
 def _taken(root: StoreRoot, vm: str, who: lease.Claimant, *, by_force: bool = False) -> lease.Held:

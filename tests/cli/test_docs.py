@@ -97,6 +97,7 @@ def test_the_example_configuration_is_one(tmp_path: Path) -> None:
         "ram_images",
         "ram_images_in",
         "keys",
+        "encrypt",
         "vm",
     }
     assert set(tomllib.loads(example)) == known

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.errors import PacksMissing
-from qmpsnap.store import chunking, half, shared, wire
+from qmpsnap.errors import LocalFailed, PacksMissing
+from qmpsnap.store import box, chunking, contents, half, shared, wire
+from qmpsnap.store.box import Role
+from qmpsnap.store.chunks import PLAIN, Encrypted
 from qmpsnap.store.files import digest_file
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, decode, encode
 from qmpsnap.store.ramindex import Index, Named
 from qmpsnap.store.remaking import remade
+from qmpsnap.store.secret import Keys, Secret, none
 from tests.rig.halves import spooled
 from tests.rig.ram import PAGE, page, write_image
 
@@ -30,11 +33,20 @@ def quiet(_done: int, _total: int, _what: str) -> None:
 class Series:
     """A VM's snapshots on a store, made one after the other; each RAM is kept to be compared."""
 
-    def __init__(self, path: Path, vm: str = "web", store: StoreRoot | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vm: str = "web",
+        store: StoreRoot | None = None,
+        secret: Secret | None = None,
+    ) -> None:
         self.path, self.local, self.vm = path, LocalRoot(path / "local"), vm
         self.store = store or StoreRoot(path / "store")
         self.store.path.mkdir(exist_ok=True)
         self.known: dict[str, Index] = {}
+        self.secret = secret
+        """What the next ones are encrypted with."""
+        self.keys: Keys = none if secret is None else {secret.key: secret}.__getitem__
 
     def spool(
         self,
@@ -55,6 +67,7 @@ class Series:
             lent=lent,
             chunk_bytes=CHUNK,
             pack_bytes=pack_bytes,
+            chunks=PLAIN if self.secret is None else Encrypted(self.secret),
         )
         self.known[id] = kept.known
         (spool / "vmstate/ram.index").write_bytes(kept.index)
@@ -66,6 +79,8 @@ class Series:
         made = msgspec.structs.replace(
             sealed, version=2, files=[*sealed.files, entry], ram=ram, packs=list(kept.packs)
         )
+        if self.secret is not None:
+            made = contents.sealed(encrypted(spool, made, self.secret), self.secret)
         path.write_bytes(encode(made))
         return made
 
@@ -76,7 +91,7 @@ class Series:
             root=str(self.store.path), vm=self.vm, id=id, spool=str(spool), device=None,
             shared=str(self.local.shared(self.vm)), instead=dict(instead or {}),
         )  # fmt: skip
-        shipped = half.ship(self.store, request, quiet)
+        shipped = half.ship(self.store, request, quiet, keys=self.keys)
         for path in sorted(spool.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         spool.rmdir()
@@ -87,7 +102,7 @@ class Series:
         waiting = shared.awaited(self.local, self.vm)
         assert waiting is not None
         request = wire.Remove(root=str(self.store.path), vm=self.vm, id=id, waiting=sorted(waiting))
-        half.remove(self.store, request, quiet)
+        half.remove(self.store, request, quiet, keys=self.keys)
 
     def remade(self, id: str, lost: PacksMissing) -> dict[str, Named]:
         """As the engine: what is lost is made again from the page images of *id*."""
@@ -95,25 +110,36 @@ class Series:
         near.mkdir(exist_ok=True)
         shutil.copy(self.path / id / "pc.ram", near / "0.pages")
         (near / "ram.index").write_bytes(self.known[id].encode())
-        return remade(self.known[id], lost.packs, [near], self.local.shared(self.vm))
+        to = self.local.shared(self.vm)
+        return remade(self.known[id], lost.packs, [near], to, keys=self.keys)
 
     def verify(self, id: str) -> list[wire.Problem]:
         request = wire.Verify(root=str(self.store.path), vm=self.vm, id=id, seal=None)
-        return half.verify(self.store, request, quiet)
+        return half.verify(self.store, request, quiet, keys=self.keys)
 
     def whole(self, *ids: str) -> None:
         """Each is as it was taken, to the last byte, by all that looks at it."""
         for id in ids:
             assert self.verify(id) == []
             glance = wire.Glance(root=str(self.store.path), vm=self.vm, id=id, seal=None, texts=[])
-            assert half.glance(self.store, glance, quiet).troubles == {}
+            assert half.glance(self.store, glance, quiet, keys=self.keys).troubles == {}
             to = self.path / "back" / id
             to.mkdir(parents=True, exist_ok=True)
             fill = wire.Fill(
                 root=str(self.store.path), vm=self.vm, id=id, seal=None, to=str(to), near=[]
             )
-            half.fill(self.store, fill, quiet)
+            half.fill(self.store, fill, quiet, keys=self.keys)
             assert (to / "0.pages").read_bytes() == (self.path / id / "pc.ram").read_bytes()
+
+
+def encrypted(spool: Path, plain: Manifest, secret: Secret) -> Manifest:
+    """*plain* with the files in *spool*, each in its place encrypted with *secret*."""
+    entries = []
+    for one in plain.files:
+        role = Role(plain.vm, plain.id, one.name)
+        size, digest = box.seal_over(spool / one.name, secret, role, side=LocalFailed)
+        entries.append(FileEntry(name=one.name, bytes=size, blake3=digest))
+    return msgspec.structs.replace(plain, files=entries)
 
 
 def changing(step: int) -> dict[int, bytes]:

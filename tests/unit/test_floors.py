@@ -19,7 +19,7 @@ DOORS = {
     "psutil": ("qmpsnap.host.process",),
     "zstandard": ("qmpsnap.store.",),
     "blake3": ("qmpsnap.store.",),
-    "cryptography": ("qmpsnap.store.ed25519",),
+    "cryptography": ("qmpsnap.store.ed25519", "qmpsnap.store.aead"),
     "nbd": ("qmpsnap.hypervisor.nbd.",),
     "numpy": tuple(f"qmpsnap.hypervisor.vmstate.{name}" for name in ("walk", "pages", "feed")),
     "typer": ("qmpsnap.cli.",),

@@ -248,10 +248,10 @@ def test_an_index_that_leads_elsewhere_is_refused(shared, tmp_path):
             Index.decode(harm, path)
     newer = pack.frame_of(
         pack.content_of(known.encode(), pack.size_of(known.encode())).replace(
-            b'"version":1', b'"version":2', 1
+            b'"version":1', b'"version":3', 1
         )
     )
-    with pytest.raises(ManifestError, match="version 2; this qmpsnap knows up to 1"):
+    with pytest.raises(ManifestError, match="version 3; this qmpsnap knows up to 2"):
         Index.decode(newer, path)
 
 
@@ -266,8 +266,8 @@ def test_what_is_no_pack_is_refused(shared, tmp_path):
     kept = keep([write_image(tmp_path / "pc.ram", {0: page(0)}, SIZE)], shared)
     path = shared / kept.packs[0].blake3
     content = path.read_bytes()
-    path.write_bytes(content[:8] + b"\2" + content[9:])
-    with pytest.raises(ManifestError, match="version 2; this qmpsnap knows 1"):
+    path.write_bytes(content[:8] + b"\3" + content[9:])
+    with pytest.raises(ManifestError, match="version 3, algorithm 0; this qmpsnap knows up to 2"):
         rampack.table(path, side=LocalFailed)
     long = content[:-32] + (1 << 20).to_bytes(4, "little") + content[-28:]
     many = content[:-16] + (1 << 24).to_bytes(8, "little") + content[-8:]

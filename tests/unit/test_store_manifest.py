@@ -63,7 +63,9 @@ def test_the_control_is_not_spoilt():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 3}, "version 3; this qmpsnap knows up to 2"),
+        ({"version": 4}, "version 4; this qmpsnap knows up to 3"),
+        ({"version": 3}, "what is encrypted is version 3, and that is encrypted"),
+        ({"encryption": {"key": "ab" * 8, "sealed": ""}}, "what is encrypted is version 3"),
         ({"version": 0}, r"\$\.version"),
         ({"format": "qmpsnap-storage"}, "format 'qmpsnap-storage', not 'qmpsnap-manifest'"),
         ({"pause_ms": "19"}, r"\$\.pause_ms"),

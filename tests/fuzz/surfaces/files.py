@@ -22,9 +22,23 @@ from qmpsnap.host import lock
 from qmpsnap.hypervisor.machine import registry
 from qmpsnap.hypervisor.machine.cmdline import CommandLine, Option
 from qmpsnap.hypervisor.machine.records import as_json
-from qmpsnap.store import hurt, local, manifest, moved, pages, ramindex, rampack, shared
+from qmpsnap.store import (
+    box,
+    contents,
+    hurt,
+    keyfile,
+    local,
+    manifest,
+    moved,
+    pages,
+    ramindex,
+    rampack,
+    shared,
+)
+from qmpsnap.store.chunks import Encrypted, chunks_of
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.pack import content_of, size_of
+from qmpsnap.store.secret import Secret, secret_of
 from tests.fuzz import mutation, samples
 from tests.fuzz.samples import DIGEST, ID, LATER, content
 from tests.fuzz.surface import Surface
@@ -35,6 +49,7 @@ from tests.unit.machine_details import DETAILS
 
 _json = partial(mutation.content, json_too=True)
 VM = "web"
+_KEY = secret_of(bytes(range(32)))
 
 
 def _laid(path: Path, given: bytes) -> Path:
@@ -52,7 +67,7 @@ def _manifests() -> list[bytes]:
     plain = manifest.encode(good_manifest([], DIGEST))
     ram = samples.sample(manifest.Ram, file=None, index="vmstate/ram.index")
     whole = samples.sample(
-        manifest.Manifest, version=2, ram=ram,
+        manifest.Manifest, version=2, ram=ram, encryption=None,
         files=[samples.sample(manifest.FileEntry, name=files[0].name)],
     )  # fmt: skip
     return [plain, msgspec.json.encode(whole)]
@@ -213,7 +228,12 @@ def _packs() -> list[bytes]:
         writer = rampack.Writer(Path(name))
         for one in range(3):
             writer.add(bytes([one]) * 32, frame_of_all([bytes(4096)]), 4096)
-        return [(Path(name) / writer.close().blake3).read_bytes()]
+        found = [(Path(name) / writer.close().blake3).read_bytes()]
+        chunks = Encrypted(_KEY)
+        writer = rampack.Writer(Path(name), key=_KEY.key)
+        digest = chunks.digest(bytes(4096))
+        writer.add(digest, chunks.frame(bytes(4096), digest), 4096)
+        return [*found, (Path(name) / writer.close().blake3).read_bytes()]
 
 
 def _read_pack(given: bytes, scratch: Path) -> object:
@@ -222,12 +242,62 @@ def _read_pack(given: bytes, scratch: Path) -> object:
     for digest, frame in found.items():
         with path.open("rb") as file:
             content = os.pread(file.fileno(), frame.length, frame.offset)
+        chunks = chunks_of(rampack.key_of(path, side=LocalFailed), _keys)
         try:
-            rampack.chunk_of(content, digest, frame.raw)
+            chunks.content(content, digest, frame.raw)
         except Exception as odd:
             if type(odd).__name__ != "DigestMismatch":
                 raise
     return found
+
+
+def _keys(key: str) -> Secret:
+    """Any ID that a header says leads to the one key there is."""
+    return Secret(key, _KEY.content)
+
+
+def _boxes() -> list[bytes]:
+    big = bytes(2 * box.FRAME + 1)
+    return [box.sealed_bytes(one, _KEY, box.Role(VM, ID, "x")) for one in (b"", b"{}", big)]
+
+
+def _read_box(given: bytes, scratch: Path) -> object:
+    path = _laid(scratch / "x", given)
+    with path.open("rb", buffering=0) as file:
+        return box.Reader(file, _keys, path, role=None).read()
+
+
+def _sealed_index(given: bytes, scratch: Path) -> object:
+    return ramindex.Index.decode(given, scratch / "ram.index", _keys).encode()
+
+
+def _sealed_indexes() -> list[bytes]:
+    plain = _index()
+    made = ramindex.Index(
+        plain.chunk_bytes, plain.blocks, plain.packs, plain.numbers, plain.digests,
+        (plain.pack_numbers, plain.offsets, plain.lengths), Encrypted(_KEY),
+    )  # fmt: skip
+    return [box.sealed_bytes(made.encode(), _KEY, box.Role(VM, ID, "vmstate/ram.index"))]
+
+
+def _sealed_manifests() -> list[bytes]:
+    return [msgspec.json.encode(contents.sealed(good_manifest([], DIGEST), _KEY))]
+
+
+def _unsealed(given: bytes, scratch: Path) -> object:
+    path = scratch / "x.json"
+    return contents.unsealed(manifest.decode(given, manifest.Manifest, path), _keys, path)
+
+
+def _secret_keys() -> list[bytes]:
+    key = keyfile.Encryption(
+        key=_KEY.key, host="h", created_at="2026", secret_key=_KEY.content.hex()
+    )
+    return [keyfile.encode(key)]
+
+
+def _read_key(given: bytes, scratch: Path) -> object:
+    return keyfile.decode(given, keyfile.Encryption, scratch / "k")
 
 
 def _json_file(
@@ -271,4 +341,8 @@ ALL = [
     Surface("config", lambda: [_CONFIG], _config, named="qmpsnap.toml"),
     Surface("ram-index", _indexes, _read_index, _spoilt_index, "ram.index"),
     Surface("pack", _packs, _read_pack),
+    Surface("encrypted", _boxes, _read_box),
+    Surface("encrypted-index", _sealed_indexes, _sealed_index, named="ram.index"),
+    _json_file("encrypted-manifest", _sealed_manifests, _unsealed, "x.json"),
+    _json_file("encryption-key", _secret_keys, _read_key, "k"),
 ]  # fmt: skip
