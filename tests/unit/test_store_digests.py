@@ -83,7 +83,7 @@ def test_the_manifests_beside_the_images(folder):
     assert [name for name, _ in digests.check(folder, NAMES)] == ["merged.json"]
     (folder / "merged.json").unlink()
     (folder / "kept.json").write_bytes(b"{} ")
-    assert [name for name, _ in digests.check(folder, NAMES)] == ["storage.json"]
+    assert [name for name, _ in digests.check(folder, NAMES)] == ["kept.json"]
     (folder / "kept.json").unlink()
     ((name, what),) = digests.check(folder, NAMES)
     assert name == "storage.json"
