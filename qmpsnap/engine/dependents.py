@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from qmpsnap.errors import UNREADABLE, LocalFailed
+from qmpsnap.host.qemu_nbd import listens
 from qmpsnap.store import files
 from qmpsnap.store.layout import LocalRoot
 
@@ -67,10 +68,15 @@ def standing(root: LocalRoot, vm: str, id: str) -> list[Dependent]:
     for path in sorted(folder.glob("*.json")):
         try:
             one = msgspec.json.decode(path.read_bytes(), type=Dependent)
-            made = [image for image in map(Path, one.images) if image.exists()]
+            made = [image for image in map(Path, one.images) if _there(image)]
             # an empty folder: its images are being made
             if made or (Path(one.folder).is_dir() and not any(Path(one.folder).iterdir())):
                 found.append(one)
         except (OSError, *UNREADABLE):
             found.append(Dependent(folder=f"what {path} tells", images=[]))
     return found
+
+
+def _there(image: Path) -> bool:
+    # an export that was killed leaves its socket
+    return listens(image) if image.is_socket() else image.exists()

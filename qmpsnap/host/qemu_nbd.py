@@ -57,7 +57,8 @@ async def serving(
 
     As the export *name*, by up to 8 clients at a time. The socket (mode 0600) answers when the
     block begins, within *within* seconds, and is gone after it. The server ends with the block,
-    and with us. With *force_share* it takes no locks: it keeps no QEMU from writing to the files.
+    and with us (if we are killed its socket stays). With *force_share* it takes no locks: it keeps
+    no QEMU from writing to the files.
 
     Raises LocalFailed with qemu-nbd's words, and when *socket* is taken.
     """
@@ -108,9 +109,10 @@ async def _started(arguments: list[str], binary: str) -> Process:
         hint = "qemu-nbd comes with QEMU (Debian: qemu-utils)"
         raise LocalFailed(f"{binary} is missing", hint=hint)
     try:
-        # SIGTERM, and not SIGKILL, when we die: it takes its socket away then
+        # not SIGTERM, after which it would take its socket away: it forgets one that comes while
+        # it begins (qemu-nbd.c sets its state after its handler, to 11.1)
         return await asyncio.create_subprocess_exec(
-            *(*dying_with_us(signal.SIGTERM), binary, *arguments),
+            *(*dying_with_us(signal.SIGKILL), binary, *arguments),
             stdin=DEVNULL,
             stdout=DEVNULL,
             stderr=PIPE,
@@ -188,7 +190,7 @@ def _refuse_taken(socket: Path) -> None:
     try:
         if not stat.S_ISSOCK(socket.lstat().st_mode):
             raise LocalFailed(f"{socket} is there already, and is no socket")
-        if _answers(socket):
+        if listens(socket):
             raise LocalFailed(f"{socket}: somebody listens there already")
         socket.unlink()
     except FileNotFoundError:
@@ -197,7 +199,8 @@ def _refuse_taken(socket: Path) -> None:
         raise LocalFailed(f"{socket}: {failed.strerror}") from failed
 
 
-def _answers(path: Path) -> bool:
+def listens(path: Path) -> bool:
+    """Whether somebody listens on the socket *path*, which a server that was killed leaves."""
     with Socket(AF_UNIX, SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

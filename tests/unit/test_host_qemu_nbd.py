@@ -160,7 +160,8 @@ from pathlib import Path
 from qmpsnap.host.qemu_nbd import serving
 
 async def main():
-    async with serving(Path(sys.argv[1]), "raw", Path(sys.argv[2])):
+    path, at, binary = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    async with serving(path, "raw", at, binary=binary):
         print("ready", flush=True)
         await asyncio.Event().wait()
 
@@ -168,10 +169,24 @@ asyncio.run(main())
 """
 
 
-async def test_it_ends_with_us_however_we_end(short: Path) -> None:
-    path, at = image(short, bytes(MIB), "raw"), short / "nbd"
+_DEAF = """
+import os, signal, sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.execvp("qemu-nbd", ["qemu-nbd", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_it_ends_with_us_however_we_end(short: Path, deaf: bool) -> None:
+    """One that is *deaf* stands for one that just begins: it forgets a SIGTERM of then."""
+    path, at, binary = image(short, bytes(MIB), "raw"), short / "nbd", "qemu-nbd"
+    if deaf:
+        (short / "deaf").write_text(f"#!{sys.executable}\n{_DEAF}")
+        (short / "deaf").chmod(0o700)
+        binary = str(short / "deaf")
     owner = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _OWNER, str(path), str(at)),
+        *(sys.executable, "-c", _OWNER, str(path), str(at), binary),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -188,6 +203,8 @@ async def test_it_ends_with_us_however_we_end(short: Path) -> None:
         loop.remove_reader(watched)
     finally:
         os.close(watched)
+    async with serving(path, "raw", at):  # a socket that it left is in nobody's way
+        pass
     assert not at.exists()
 
 
@@ -196,7 +213,8 @@ def _servers(at: Path) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"qemu-nbd" in (words := entry.read_bytes()) and os.fsencode(at) in words:
+            words = entry.read_bytes()
+            if words.startswith(b"qemu-nbd\0") and os.fsencode(at) in words:
                 found.append(int(entry.parent.name))
         except OSError:
             continue
