@@ -95,8 +95,9 @@ class Soak:
                     level = "auto"
                 ram = dice.choice(["auto", "live", "background", "paused", "none", "none"])
                 how = dice.choice(["auto", "agent", "none"])
+                encrypt = dice.choice(["none", "store"])
                 words = ["create", VM, "--level", level, "--ram", ram, "--quiesce", how]
-                return [*words, "--max-pause", "5s"]
+                return [*words, "--encrypt", encrypt, "--max-pause", "5s"]
             case "refresh":
                 return ["refresh", VM, dice.choice(self._ids), "--max-pause", "5s"]
             case "delete":
