@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -143,6 +144,7 @@ class Plot:
             env={
                 **kept,
                 "HOME": str(self.home),
+                "PYTHONFAULTHANDLER": "1",
                 "PYTHONPATH": str(ROOT),
                 "QMPSNAP_CONFIG": str(self.home / "qmpsnap.toml"),
                 "QMPSNAP_RUNTIME_DIR": str(self.home / "run"),
@@ -151,8 +153,16 @@ class Plot:
         )
 
     async def ended(self, process: asyncio.subprocess.Process, words: list[str]) -> Ran:
-        async with asyncio.timeout(180):
-            out, err = await process.communicate()
+        talk = asyncio.ensure_future(process.communicate())
+        try:
+            async with asyncio.timeout(180):
+                out, err = await asyncio.shield(talk)
+        except TimeoutError:
+            if process.returncode is None:
+                process.send_signal(signal.SIGABRT)  # it tells then what its threads do
+            done, _ = await asyncio.wait({talk}, timeout=5)
+            said = talk.result()[1].decode() if done else "it is over; who has its pipes is not"
+            raise TimeoutError(f"{words} took more than 180 s: {said}") from None
         assert process.returncode is not None
         return Ran(words, process.returncode, out.decode(), err.decode())
 

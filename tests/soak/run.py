@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ async def soaked(asked: argparse.Namespace) -> Tally:
         except (Broken, TimeoutError, OSError) as broken:
             tally.broken.append(f"guest {number} on {version}: {broken!r}")
             print(tally.broken[-1], file=sys.stderr, flush=True)
+            traceback.print_exception(broken)
 
     try:
         async with asyncio.TaskGroup() as group:
