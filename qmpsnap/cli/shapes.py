@@ -35,6 +35,7 @@ class PlannedDisk(Struct, frozen=True, kw_only=True):
     overlay: str
     level: str
     level_reason: str
+    encrypted: bool
     parent: str | None
     bitmap: str | None
 

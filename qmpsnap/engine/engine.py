@@ -178,9 +178,14 @@ class Engine(Reader):
         """
         return await owning.own(self.roots, vm, act)
 
-    async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
-        """What can be done with a running VM, and why not; *changes*: what an increment copies."""
-        return await info.info(self.roots, machine, changes=changes)
+    async def info(
+        self, machine: Machine, *, changes: bool = False, encrypt: bool | None = None
+    ) -> info.Info:
+        """What can be done with a running VM, and why not; *changes*: what an increment copies.
+
+        *encrypt*: whether copies of its disks are to be encrypted; None: if the last ones are.
+        """
+        return await info.info(self.roots, machine, changes=changes, sealed=encrypt)
 
     async def verify(
         self,
@@ -295,9 +300,11 @@ class Engine(Reader):
         quiesce: Quiesce = Quiesce.AUTO,
         max_pause: float | None = None,
         max_freeze: float = MAX_FREEZE,
+        encrypt: bool | None = None,
     ) -> refresh.Refreshed:
         """Make a new revision of the local half of one snapshot; its store half stays as it is.
 
+        *encrypt*: whether its images are encrypted; None: if those of the last revision are.
         Raises SnapshotUnknown, and what `create` raises; the snapshot is as before then.
         """
         return await refresh.refresh(
@@ -309,6 +316,7 @@ class Engine(Reader):
             quiesce=quiesce,
             max_pause=max_pause,
             max_freeze=max_freeze,
+            encrypt=encrypt,
         )
 
     async def prune(

@@ -75,6 +75,15 @@ def write(
         return sink.written
 
 
+def at_most(extents: Sequence[tuple[int, int]], virtual_size: int) -> int:
+    """The bytes that `write` takes for *extents* if none of their clusters reads as zeros."""
+    return _at_most(clusters(extents, virtual_size), _l1_entries(virtual_size))
+
+
+def _l1_entries(virtual_size: int) -> int:
+    return max(1, -(-virtual_size // (_TABLE * CLUSTER)))
+
+
 def _at_most(runs: list[tuple[int, int]], l1_entries: int) -> int:
     """The bytes of the file if none of the clusters reads as zeros."""
     tables = {at for start, end in runs for at in range(start // _TABLE, (end - 1) // _TABLE + 1)}
@@ -102,7 +111,7 @@ class _Head:
     def __init__(
         self, dst: Path, virtual_size: int, backing: str | None, backing_format: str
     ) -> None:
-        self.l1_entries = max(1, -(-virtual_size // (_TABLE * CLUSTER)))
+        self.l1_entries = _l1_entries(virtual_size)
         if self.l1_entries * 8 > _L1_MOST:
             raise LocalFailed(f"{dst}: a qcow2 of 64 KiB clusters holds no {virtual_size} bytes")
         self._name, self._extensions = b"", _EXTENSION.pack(0, 0)

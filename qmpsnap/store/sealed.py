@@ -35,9 +35,6 @@ from qmpsnap.store.sealedindex import Index, Run
 from qmpsnap.store.secret import Keys, Secret
 from qmpsnap.store.sink import Sink, Terms, expect_room
 
-FORMAT = "sealed"
-"""What an image of this kind is called in manifests, and behind the dot of its name."""
-
 _KIND = Kind(b"QSNPDISK", b"qmpsnap disk, version 1\0")
 _NONCE = struct.Struct(">QI")
 _DATA, _INDEX, _INDEX_END = range(3)
@@ -161,10 +158,12 @@ class _Writer:
 class Sealed:
     """An open sealed image: its *index*, and what its runs of data hold. For one thread."""
 
-    def __init__(self, descriptor: int, path: Path, keys: Keys, role: Role | None) -> None:
+    def __init__(
+        self, descriptor: int, path: Path, keys: Keys, role: Role | None, key: str | None
+    ) -> None:
         self.path, self._descriptor, self._at = path, descriptor, 0
         envelope = Envelope.read(_KIND, self._next, path)
-        envelope.expect(path, role, None)
+        envelope.expect(path, role, key)
         self.key: str = envelope.key
         self._cipher = envelope.cipher(keys)
         self.index: Index = Index.decode(self._index(), path)
@@ -243,23 +242,30 @@ class Sealed:
 
 
 @contextmanager
-def opened_sealed(path: Path, keys: Keys, role: Role | None) -> Iterator[Sealed]:
-    """The sealed image *path*, open for the block; *role* is what it has to be for, if known.
+def opened_sealed(
+    path: Path, keys: Keys, role: Role | None, key: str | None = None
+) -> Iterator[Sealed]:
+    """The sealed image *path*, open for the block.
 
-    Raises ManifestError for what is none, NotAuthentic, KeyMissing, LocalFailed.
+    *role* is what it has to be for, *key* the one that it has to be encrypted with, where that is
+    known. Raises ManifestError for what is none, NotAuthentic, KeyMissing, LocalFailed.
     """
     with opened(path, LocalFailed) as descriptor:
-        yield Sealed(descriptor, path, keys, role)
+        yield Sealed(descriptor, path, keys, role, key)
 
 
 def check(
-    path: Path, keys: Keys, role: Role, on_bytes: Callable[[int], None] | None = None
+    path: Path,
+    keys: Keys,
+    role: Role,
+    key: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> Index:
     """Open every frame of it; its index. *on_bytes* is told of each how many it had.
 
     Raises as `opened_sealed`.
     """
-    with opened_sealed(path, keys, role) as image:
+    with opened_sealed(path, keys, role, key) as image:
         for number in range(len(image.index.stored)):
             size = len(image.frame(number))
             if on_bytes is not None:
