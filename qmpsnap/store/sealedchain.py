@@ -34,7 +34,9 @@ class SealedChain:
 
     def __init__(self, images: Sequence[Sealed]) -> None:
         self._images = images
-        self.virtual_size = images[0].index.virtual_size
+        self.virtual_size: int = images[0].index.virtual_size
+        self.compressed: bool = images[0].index.compressed
+        """Whether the top one is."""
         parts: list[_Part] = []
         for number, image in enumerate(images):
             parts = _over(parts, _parts(number, image.index.runs))

@@ -243,8 +243,8 @@ def test_frames_are_where_they_were(tmp_path: Path) -> None:
         with pytest.raises(NotAuthentic, match="do not fill"):
             sealed.check(tmp_path / "c", keys, ROLE)
     # the index of another file, and a frame of data in its place
-    for other in (theirs[head + 3 * step :], frames[0][: len(rest) - 24] + rest[-24:]):
-        (tmp_path / "c").write_bytes(ours[: head + 3 * step] + other)
+    for end in (theirs[head + 3 * step :], frames[0][: len(rest) - 24] + rest[-24:]):
+        (tmp_path / "c").write_bytes(ours[: head + 3 * step] + end)
         with pytest.raises(NotAuthentic, match="cannot be decrypted at"):
             sealed.check(tmp_path / "c", keys, ROLE)
 
@@ -343,3 +343,21 @@ def test_a_frame_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pieces = [(at, CLUSTER) for at in range(0, len(content), CLUSTER)]
         assert b"".join(chain.read(pieces)) == content
     assert seen == [0, 1, 2, 3]
+
+
+def test_zeros_that_cover_what_lies_beneath_are_told_apart(tmp_path: Path) -> None:
+    content = bytes(4 * CLUSTER) + b"\5" * CLUSTER + bytes(CLUSTER)
+    write(tmp_path / "a", content, on=LATER)
+    write(tmp_path / "b", content, [(4 * CLUSTER, CLUSTER)], on=LATER)
+    with (
+        opened_sealed(tmp_path / "a", keys, ROLE, KEY.key) as a,
+        opened_sealed(tmp_path / "b", keys, ROLE) as b,
+    ):
+        one, other = SealedChain([a]), SealedChain([b])
+        assert same(one, other, zeros=False, on_bytes=lambda _: None)
+        assert not same(one, other, zeros=True, on_bytes=lambda _: None)
+        # beneath the first one nothing is seen, beneath the other one all but its cluster
+        assert SealedChain([a, b]).runs() == one.runs()
+        assert SealedChain([b, a]).runs() == one.runs()
+    with pytest.raises(NotAuthentic, match=f"not with {OTHER.key}"):
+        sealed.check(tmp_path / "a", keys, ROLE, OTHER.key)
