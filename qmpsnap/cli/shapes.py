@@ -11,6 +11,7 @@ from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.execution import ExecutionState
 from qmpsnap.engine.export import Exported
+from qmpsnap.engine.extract import Extracted
 from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.fitness import Fitness
 from qmpsnap.engine.history import Record
@@ -214,6 +215,7 @@ KINDS: dict[str, type[Struct]] = {
     "restore-check": Fitness,
     "restore-no-start": Prepared,
     "export": Exported,
+    "export-to": Extracted,
     "ship": Shipped,
     "lease": Standing,
     "delete": Deleted,

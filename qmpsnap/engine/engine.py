@@ -18,6 +18,7 @@ from qmpsnap.engine import (
     create,
     delete,
     export,
+    extract,
     fitness,
     info,
     listing,
@@ -278,11 +279,27 @@ class Engine(Reader):
     ) -> AsyncIterator[export.Export]:
         """One disk of a snapshot (its newest *revision*), served read-only over NBD for the block.
 
-        Raises SnapshotUnknown, UsageError, DamagedData, LocalFailed.
+        Raises SnapshotUnknown, UsageError, Blocked for one that is encrypted, DamagedData,
+        LocalFailed.
         """
         served = export.exported(self.roots, vm, word, disk, revision, socket)
         async with served as one:
             yield one
+
+    async def extract(
+        self,
+        vm: str,
+        disk: str,
+        to: Path,
+        word: str = listing.LATEST,
+        *,
+        revision: int | None = None,
+    ) -> extract.Extracted:
+        """One disk of a snapshot (its newest *revision*) as the new qcow2 *to*, on nothing.
+
+        Raises SnapshotUnknown, UsageError, KeyMissing, DamagedData, LocalFailed.
+        """
+        return await extract.extracted(self.roots, vm, word, disk, revision, to, self._report)
 
     async def delete(self, machine: Machine, word: str) -> delete.Deleted:
         """Remove both halves of one snapshot and fold overlays that nobody needs.

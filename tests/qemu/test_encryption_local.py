@@ -19,7 +19,7 @@ from qmpsnap import Engine, Machine
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Copying, Encrypt, Level, RamChoice, Wishes
-from qmpsnap.errors import BaseChanged, Blocked, KeyMissing, NotAuthentic
+from qmpsnap.errors import BaseChanged, Blocked, KeyMissing, NotAuthentic, UsageError
 from qmpsnap.hypervisor.monitor import connect
 from qmpsnap.store import keyfile
 from tests.faults.bench import options
@@ -159,6 +159,12 @@ async def test_a_series_comes_back_and_lies_nowhere_in_the_clear(
         assert vm.clear(store) == set()
         # the witness sees: the guest's own disks have it
         assert {path.name for path in vm.clear(short)} >= {"d0.qcow2", "d1.raw"}
+        secret = ours.secrets.current().content
+        for path in (one for one in (short / "local").rglob("*") if one.is_file()):
+            if path.parent.name != ".keys":
+                found = path.read_bytes()
+                assert secret not in found, path
+                assert secret.hex().encode() not in found, path
         last, revision = made.id, vm.now
         verified = [one async for one in ours.verify_all("web")]
         key = ours.secrets.current().key
@@ -252,10 +258,28 @@ async def test_what_is_encrypted_stands_on_what_is(qemu72: Path, short: Path, st
         assert "full .sealed" not in await create(Level.AUTO, Encrypt.NONE)
         found_all = [one async for one in ours.verify_all("web")]
         assert [one.findings for one in found_all] == [[]] * len(states)
+        with pytest.raises(Blocked, match="is encrypted, and is not served") as refused:
+            async with ours.exported("web", "vd0", third):
+                pass
+        assert "--to FILE" in refused.value.hint
     text = [(short / "local/web" / id / "storage.json").read_text() for id in states]
     assert ['"version": 2' in one for one in text] == [False, True, True, True, True, False]
     for id in list(states)[1:5]:
         assert await brought_back(ours, id, short / "back") == states[id]
+    # a disk alone, without the store: of each kind
+    shutil.rmtree(store / "web")
+    for id in (next(iter(states)), third):
+        made = await ours.extract("web", "vd1", short / "out.qcow2", id)
+        assert (made.disk, made.virtual_size_bytes) == ("vd1", SIZE)
+        assert content(short / "out.qcow2") == states[id]["vd1"]
+        with pytest.raises(UsageError, match="is there already"):
+            await ours.extract("web", "vd1", short / "out.qcow2", id)
+        (short / "out.qcow2").unlink()
+    ours.secrets._known.clear()
+    shutil.rmtree(short / "local/.keys")
+    with pytest.raises(KeyMissing):
+        await ours.extract("web", "vd1", short / "out.qcow2", third)
+    assert not (short / "out.qcow2").exists()
 
 
 @pytest.mark.timeout(180)
