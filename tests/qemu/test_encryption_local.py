@@ -21,12 +21,14 @@ from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Copying, Encrypt, Level, RamChoice, Wishes
 from qmpsnap.errors import BaseChanged, Blocked, KeyMissing, NotAuthentic, UsageError
 from qmpsnap.hypervisor.monitor import connect
-from qmpsnap.store import keyfile
+from qmpsnap.store import box, keyfile
+from qmpsnap.store.envelope import Role
 from tests.faults.bench import options
 from tests.rig.qemu import Running, running
 from tests.rig.wire import Witness, witness
 
 SIZE, CLUSTER = 16 << 20, 1 << 16
+FIRMWARE = Path("/usr/share/seabios/bios-256k.bin")
 DISKS = {"vd0": "d0", "vd1": "d1"}
 
 
@@ -340,3 +342,45 @@ async def test_the_key_is_not_here_or_the_file_is_not_what_it_was(
         path.write_bytes(kept)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert await brought_back(ours, ids[1], to) == state
+
+
+@pytest.mark.timeout(180)
+async def test_firmware_variables_are_never_in_the_clear(
+    qemu72: Path, short: Path, store: Path
+) -> None:
+    """They are read for the store half off the copy, which is encrypted by then."""
+    code = "driver=raw,node-name=code,read-only=on,file.driver=file,file.filename="
+    variables, line = short / "vars.fd", ["-M", "pc,pflash0=code,pflash1=vars", "-nodefaults"]
+    line += ["-blockdev", f"{code}{FIRMWARE}"]
+    line += ["-blockdev", f"driver=raw,node-name=vars,file.driver=file,file.filename={variables}"]
+    first, other = (random.Random(seed).randbytes(CLUSTER) for seed in (1, 2))
+    states = first + other, other + other
+    variables.write_bytes(states[0])
+    ours = engine(short, store)
+    async with running(qemu72, *line, directory=short) as process:
+        machine = Machine("web", process.qmp)
+        with witness(process.witness) as eye:
+            ids = []
+            for now in states:
+                (short / "pattern").write_bytes(now[:CLUSTER])
+                words = f'qemu-io vars "write -s {short / "pattern"} 0 64k"'
+                said = eye.ask("human-monitor-command", **{"command-line": words})
+                assert "error" not in said.lower(), said
+                made = await ours.create(machine, wishes())
+                assert levels(made) == ({"inc"} if ids else {"full"})
+                ids.append(made.id)
+    for id, was in zip(ids, states, strict=True):
+        pair = await ours.show("web", id)
+        (flash,) = pair.storage.disks
+        assert (flash.role, flash.chain[0].format) == ("pflash", "sealed")
+        name = f"nvram/{flash.label}.raw"
+        path = store / "web" / id / name
+        with path.open("rb", buffering=0) as file:
+            assert box.Reader(file, ours.secrets, path, role=Role("web", id, name)).read() == was
+        await ours.prepare_restore("web", Restoration(short / id, cold=True), id)
+        assert content(short / id / f"{flash.label}.qcow2") == was
+    for folder in (short / "local", store):
+        for path in (one for one in folder.rglob("*") if one.is_file()):
+            assert first[100:132] not in path.read_bytes(), path
+            assert other[100:132] not in path.read_bytes(), path
+    assert [one.findings async for one in ours.verify_all("web")] == [[], []]
