@@ -28,8 +28,8 @@ _LONGEST = 64  # characters of a figure: no more than a float can hold
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 T = TypeVar("T", bound=msgspec.Struct)
-Encrypt = Literal["none", "store"]
-"""What of snapshots is encrypted: nothing, or all files of the store half."""
+Encrypt = Literal["none", "store", "all"]
+"""What of snapshots is encrypted: nothing, all files of the store half, or copies of disks, too."""
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):

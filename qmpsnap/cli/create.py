@@ -14,7 +14,7 @@ from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
     from qmpsnap.cli.render import Output
-    from qmpsnap.engine.created import Created
+    from qmpsnap.engine.created import CopiedDisk, Created
     from qmpsnap.engine.metrics import Run
     from qmpsnap.engine.plan import Plan
     from qmpsnap.engine.wishes import Wishes
@@ -120,9 +120,10 @@ async def create(
         str | None,
         typer.Option(
             metavar="WHAT",
-            help="Encrypt: none, or store (all files of the store half, with the key of this host "
-            "that `keys` shows; the local half is not). Default: `encrypt` of the configuration, "
-            "else none.",
+            help="Encrypt: none, store (all files of the store half, with the key of this host "
+            "that `keys` shows), or all (each image that is copied here, too; what `overlay` "
+            "freezes is the guest's own disk, and is not). Default: `encrypt` of the "
+            "configuration, else none.",
             show_default=False,
         ),
     ] = None,
@@ -212,12 +213,17 @@ def _show(out: Output, made: Created) -> None:
         ("RAM", f"{made.ram} ({made.ram_reason})"),
         ("quiesce", made.quiesce),
         ("encryption", f"with the key {made.encryption}" if made.encryption else None),
-        *[(disk, f"{one.level} ({one.reason})") for disk, one in made.disks.items()],
+        *[(disk, _copied(one)) for disk, one in made.disks.items()],
         ("bytes", f"{in_bytes(made.bytes.disks)} of disks, {in_bytes(made.bytes.vmstate)} of "
                   f"vmstate, {in_bytes(made.bytes.shipped)} shipped"),
         ("local", made.local),
         ("store", made.store),
     ])  # fmt: skip
+
+
+def _copied(disk: CopiedDisk) -> str:
+    told = f", encrypted with the key {disk.encryption}" if disk.encryption else ""
+    return f"{disk.level} ({disk.reason}){told}"
 
 
 def _show_plan(out: Output, plan: Plan, wishes: Wishes) -> None:
@@ -248,7 +254,8 @@ def _show_plan(out: Output, plan: Plan, wishes: Wishes) -> None:
         ],
     )
     for one in shown["disks"]:
-        out.line(f"{one['disk']}: {one['level']} ({one['level_reason']})")
+        told = ", encrypted" if one["encrypted"] else ""
+        out.line(f"{one['disk']}: {one['level']} ({one['level_reason']}){told}")
     for left in shown["left_out"]:
         out.line(f"left out: {left['disk']} ({left['reason']})")
     out.line()

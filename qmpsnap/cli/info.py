@@ -44,9 +44,12 @@ async def info(
     without roots; with --local it tells our overlays from others.
     """
     from qmpsnap.cli.render import in_bytes
+    from qmpsnap.engine.wishes import Encrypt
     from qmpsnap.store.lease import in_words
 
-    found = await call.engine(roots=False).info(call.machine(vm), changes=changes)
+    found = await call.engine(roots=False).info(
+        call.machine(vm), changes=changes, encrypt=call.encrypt(vm) == Encrypt.ALL
+    )
     out = call.out
     if out.json:
         out.record(found)

@@ -47,6 +47,10 @@ async def list_(call: Call, vm: options.OptionalVm = None) -> None:
     for one in entries:
         kept = "protected" if one.protected else ""
         encrypted = f"encrypted ({one.encryption})" if one.encryption else ""
+        if one.disk_keys:
+            encrypted = "; ".join(
+                filter(None, (encrypted, f"disks encrypted ({', '.join(one.disk_keys)})"))
+            )
         notes = "; ".join(word for word in (kept, encrypted, one.note, one.why) if word)
         taken = (one.taken_at or "-").replace("T", " ").partition(".")[0]
         row = [one.id, one.state, taken, one.level or "-", one.ram or "-", in_ms(one.pause_ms)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -21,6 +22,13 @@ Examples:
 Exit codes: 0 done; 2 usage; 3 refused, nothing touched; 4 failed, guest and
 snapshot as before; 6 the guest may need help; 130, 143.
 """
+
+
+class _Encrypt(StrEnum):
+    """There is no store half to encrypt."""
+
+    NONE = "none"
+    ALL = "all"
 
 
 @verb()
@@ -48,6 +56,15 @@ async def refresh(
     max_freeze: options.MaxFreeze = "30s",
     compress: options.Compress = False,
     speed_limit: options.SpeedLimit = None,
+    encrypt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Encrypt: all (each image that is copied), or none. Default: all where the last "
+            "revision's images are encrypted, or `encrypt` of the configuration says so.",
+            show_default=False,
+        ),
+    ] = None,
     metrics_file: MetricsFile = None,
 ) -> None:
     """Take the disks of a running VM as they are now, as a new revision of a snapshot.
@@ -59,6 +76,9 @@ async def refresh(
     from qmpsnap.engine.wishes import Quiesce
 
     wanted = choice("--quiesce", Quiesce, quiesce)
+    sealed = choice("--encrypt", _Encrypt, encrypt) is _Encrypt.ALL if encrypt else None
+    if sealed is None and call.encrypt(vm) == _Encrypt.ALL:
+        sealed = True
     bound = None if max_pause is None else duration("--max-pause", max_pause)
     how = copying(compress, speed_limit)
     engine, machine, out = call.engine(), call.machine(vm), call.out
@@ -71,6 +91,7 @@ async def refresh(
             quiesce=wanted,
             max_pause=bound,
             max_freeze=duration("--max-freeze", max_freeze),
+            encrypt=sealed,
         )
         run.pause_ms, run.frozen_ms, run.bytes = (
             made.pause_ms,
@@ -87,6 +108,7 @@ async def refresh(
         ("frozen", in_ms(made.frozen_ms) if made.frozen_ms is not None else None),
         ("quiesce", made.quiesce),
         *[(disk, level) for disk, level in made.levels.items()],
+        ("encryption", f"with the key {made.encryption}" if made.encryption else None),
         ("bytes", in_bytes(made.bytes)),
         ("local", made.local),
     ])  # fmt: skip

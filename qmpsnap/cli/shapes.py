@@ -11,6 +11,7 @@ from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.execution import ExecutionState
 from qmpsnap.engine.export import Exported
+from qmpsnap.engine.extract import Extracted
 from qmpsnap.engine.fates import Fate
 from qmpsnap.engine.fitness import Fitness
 from qmpsnap.engine.history import Record
@@ -35,6 +36,7 @@ class PlannedDisk(Struct, frozen=True, kw_only=True):
     overlay: str
     level: str
     level_reason: str
+    encrypted: bool
     parent: str | None
     bitmap: str | None
 
@@ -213,6 +215,7 @@ KINDS: dict[str, type[Struct]] = {
     "restore-check": Fitness,
     "restore-no-start": Prepared,
     "export": Exported,
+    "export-to": Extracted,
     "ship": Shipped,
     "lease": Standing,
     "delete": Deleted,

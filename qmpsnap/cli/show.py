@@ -11,7 +11,9 @@ from qmpsnap.cli.target import Call, snapshot
 from qmpsnap.cli.verb import verb
 
 if TYPE_CHECKING:
-    from qmpsnap.store.manifest import Manifest
+    from collections.abc import Sequence
+
+    from qmpsnap.store.manifest import Manifest, Storage
 
 EPILOG = """\b
 Examples:
@@ -135,6 +137,7 @@ async def show(
         ("taken", manifest.taken_at),
         ("signature", pair.signed.words if pair.signed else None),
         ("encryption", f"with the key {manifest.key}" if manifest.key else None),
+        ("disks", _keys([storage, *refreshed])),
         ("note", manifest.note or None),
         ("pause", f"{in_ms(manifest.pause_ms)}; the guest was {manifest.was}"),
         ("quiesce", manifest.quiesce),
@@ -180,3 +183,9 @@ async def show(
         ("STORE FILE", "BYTES", "BLAKE3"),
         [[file.name, in_bytes(file.bytes), file.blake3] for file in manifest.files],
     )
+
+
+def _keys(halves: Sequence[Storage]) -> str | None:
+    """With what the images of all revisions are encrypted."""
+    keys = dict.fromkeys(key for one in halves for key in one.keys)
+    return f"encrypted with the key {', '.join(keys)}" if keys else None

@@ -131,6 +131,10 @@ def _show(out: Output, found: Verified) -> None:
         if found.encryption is not None:
             lacking = "" if found.decrypted else ", which is not here: it was not decrypted"
             told += f"; it is encrypted with the key {found.encryption}{lacking}"
+        if found.disk_keys:
+            lacking = ", ".join(found.missing_keys)
+            lacking = f"; {lacking} is not here: those were not decrypted" if lacking else ""
+            told += f"; disks are encrypted with the key {', '.join(found.disk_keys)}{lacking}"
         out.line(f"{found.vm} {found.id}: {found.state}, all is well{told}")
     if found.boot is not None and not found.boot.problem:
         out.line(_seen(found.boot))

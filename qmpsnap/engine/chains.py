@@ -15,12 +15,14 @@ import msgspec
 
 from qmpsnap.errors import UNREADABLE, DamagedData, LocalFailed, SnapError
 from qmpsnap.host import qemu_img
-from qmpsnap.host.priority import in_background
-from qmpsnap.store import digests, image, points
+from qmpsnap.host.priority import in_background, stoppable
+from qmpsnap.store import digests, image, points, sealedimages
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import DIGESTS, STORAGE, LocalRoot
 from qmpsnap.store.manifest import Image
 from qmpsnap.store.points import Point, Points
+from qmpsnap.store.secret import Keys
+from qmpsnap.store.secretring import SecretRing
 
 Tell = Callable[[int, int], None]
 
@@ -40,11 +42,14 @@ class _Local:
     broken: dict[str, str]
 
 
-async def check(root: LocalRoot, vm: str, id: str, tell: Tell) -> list[Finding]:
+async def check(
+    root: LocalRoot, vm: str, id: str, tell: Tell, keys: SecretRing | None = None
+) -> list[Finding]:
     """What is wrong with the images of the snapshot *id*, of all its revisions.
 
     Every image is looked at once, also those of the points beneath: that it is the file that was
-    frozen or written, that its tables are sound, and that it names the one beneath it.
+    frozen or written, that its tables are sound, and that it names the one beneath it. Of one that
+    is encrypted, every frame is decrypted if its key is among *keys*.
 
     Raises LocalFailed when the folders themselves cannot be read.
     """
@@ -71,8 +76,20 @@ async def check(root: LocalRoot, vm: str, id: str, tell: Tell) -> list[Finding]:
         for one, beneath in zip_longest(chain, chain[1:]):
             if (one, beneath) not in seen:
                 seen.add((one, beneath))
-                findings += [Finding(where=where, what=what) for what in await _image(one, beneath)]
+                wrong = await _image(vm, one, beneath, keys)
+                findings += [Finding(where=where, what=what) for what in wrong]
     return _once(findings)
+
+
+async def keys_of(root: LocalRoot, vm: str, id: str) -> list[str]:
+    """The IDs of the keys that images of the snapshot *id* are encrypted with, or those beneath.
+
+    Raises LocalFailed.
+    """
+    local = await asyncio.to_thread(_read, root, vm)
+    own = {name for name in local.points.by_name if name.partition("/")[0] == id}
+    points = [local.points.by_name[name] for name in sorted(local.points.needed(own))]
+    return list(dict.fromkeys(key for point in points for key in point.storage.keys))
 
 
 def _read(root: LocalRoot, vm: str) -> _Local:
@@ -150,10 +167,16 @@ def _digested(local: _Local, own: set[str], tell: Progress) -> list[Finding]:
     return found
 
 
-async def _image(one: Image, beneath: Image | None) -> list[str]:
+async def _image(vm: str, one: Image, beneath: Image | None, keys: SecretRing | None) -> list[str]:
     try:
         if (difference := await asyncio.to_thread(image.changed, one)) is not None:
             return [difference]
+        if one.key is not None:
+            if keys is not None and await asyncio.to_thread(keys.has, one.key):
+                await stoppable(lambda stop: _decrypted(vm, one, beneath, keys, stop))
+            return []
+        if beneath is not None and beneath.key is not None:
+            return [f"{one.path}: is {one.format}, on {beneath.path}, which is encrypted"]
         if one.format != "qcow2":
             return [] if beneath is None else [f"{one.path}: is {one.format}, on {beneath.path}"]
         # the VM has it open beneath its overlay: look without taking its locks
@@ -162,6 +185,16 @@ async def _image(one: Image, beneath: Image | None) -> list[str]:
         return (found if health.corruptions else []) + await _header(one, beneath)
     except SnapError as failed:
         return [str(failed)]
+
+
+def _decrypted(
+    vm: str, one: Image, beneath: Image | None, keys: Keys, stop: Callable[[], bool]
+) -> None:
+    def on_bytes(_: int) -> None:
+        if stop():
+            raise LocalFailed("broken off")
+
+    sealedimages.check(vm, one, beneath, keys, on_bytes)
 
 
 async def _header(one: Image, beneath: Image | None) -> list[str]:

@@ -179,6 +179,7 @@ def _disk_space(captured: Captured, here: Here) -> Row:
     empty = [one.virtual_size_bytes for one in storage.left_out if one.virtual_size_bytes]
     needed = _OVERLAY * (1 + len(sizes) + len(empty))
     needed += here.copied_bytes if ready.wish.standalone else 0
+    needed += here.decrypted_bytes
     needed += sum(one.bytes for one in ready.fetched)
     if ready.memory.lacking and ready.wish.to in (ready.memory.folder or Path()).parents:
         needed += sum(one.stored_pages << 12 for one in ready.pair.manifest.ram.images)

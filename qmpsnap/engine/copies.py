@@ -19,6 +19,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.sealing import Sealing
 from qmpsnap.engine.wishes import Copying, Level
 from qmpsnap.errors import LocalFailed, SnapError
 from qmpsnap.host.priority import in_background
@@ -44,16 +45,17 @@ async def taken(
     report: Report,
     *,
     asked: Level,
+    sealing: Sealing | None = None,
 ) -> dict[str, Copied]:
     """Copy what *made* says into *folder*, then give the guest its own disks back.
 
-    *asked* is the level that was wished for. Raises as `take`, and JobFailed; the debt then tells
-    how far it came.
+    *asked* is the level that was wished for, *sealing* as for `copied`. Raises as `take`, and
+    JobFailed; the debt then tells how far it came.
     """
     if not any(disk.copied for disk in made.disks):
         return {}
     with _private(debt.owed.sockets) as sockets:
-        found = await take(monitor, made, folder, points, how, report, sockets, asked)
+        found = await take(monitor, made, folder, points, how, report, sockets, asked, sealing)
     await fold_back(monitor, made, debt)
     if made.running and await runstate.retry_io(monitor):
         log.warning("%s: QEMU had stopped the guest: its overlay met an I/O error", made.vm)
@@ -127,18 +129,20 @@ async def take(
     report: Report,
     sockets: Path,
     asked: Level,
+    sealing: Sealing | None = None,
 ) -> dict[str, Copied]:
     """Copy every disk of *made* that is to be copied into *folder*; by label.
 
-    The guest is on its overlays, so what is read stands still. Raises LocalFailed, JobFailed,
-    CommandRefused, MonitorLost; what was written by then stays for the caller to remove.
+    The guest is on its overlays, so what is read stands still. Raises as `copied`; what was written
+    by then stays for the caller to remove.
     """
     found: dict[str, Copied] = {}
     for disk in made.disks:
         if disk.copied:
             found[disk.label] = await copied(
-                monitor, disk, folder, points, how, report, sockets=sockets, asked=asked
-            )
+                monitor, disk, folder, points, how, report,
+                sockets=sockets, asked=asked, sealing=sealing,
+            )  # fmt: skip
     return found
 
 

@@ -11,25 +11,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.frozen import reading, while_qemu_lives
 from qmpsnap.engine.plan import PlannedDisk
 from qmpsnap.engine.recover import CHANGES
 from qmpsnap.engine.room import reserve
+from qmpsnap.engine.sealing import Sealing, sealed_copy
 from qmpsnap.engine.wishes import Copying, Level
-from qmpsnap.errors import JobFailed, LocalFailed, MonitorLost, VmBusy
-from qmpsnap.host import qemu_img, qemu_nbd
-from qmpsnap.host.priority import stoppable
+from qmpsnap.errors import JobFailed, LocalFailed, VmBusy
+from qmpsnap.host import qemu_img
 from qmpsnap.hypervisor.monitor import Monitor
-from qmpsnap.hypervisor.nbd import client, dirty
+from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.store import copying, increment
 from qmpsnap.store.image import examine_image
-from qmpsnap.store.manifest import Image, Means
+from qmpsnap.store.manifest import SEALED, Image, Means
 from qmpsnap.store.points import Points
+from qmpsnap.store.sealed import opened_sealed
+from qmpsnap.store.sealedimages import opened_chain, role
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 Ranges = list[tuple[int, int]]
 """Offsets and lengths in bytes, in order, none touching the next."""
 
@@ -55,12 +56,15 @@ async def copied(
     *,
     sockets: Path,
     asked: Level,
+    sealing: Sealing | None = None,
 ) -> Copied:
     """Write the image of *disk*, whose chain is frozen, into *folder*, as its level says.
 
     Where `auto` was *asked* for and the changes cannot be read, it is a full. *sockets* is a
-    folder that is ours alone. Raises LocalFailed, JobFailed, CommandRefused, MonitorLost; what was
-    written by then stays for the caller to remove.
+    folder that is ours alone. Where the image is to be encrypted, *sealing* says with what.
+
+    Raises LocalFailed, JobFailed, CommandRefused, MonitorLost, and for points beneath KeyMissing
+    and NotAuthentic; what was written by then stays for the caller to remove.
     """
     instead = ""
     what = f"copying {disk.site.name}"
@@ -71,12 +75,19 @@ async def copied(
     ranges: Ranges | None = None
     if disk.chosen.level is not Level.FULL:
         try:
-            ranges = await _changes(monitor, disk, points, sockets)
+            ranges = await _changes(monitor, disk, points, sockets, sealing)
         except VmBusy as busy:  # not Refused: by now the guest was touched
             instead = str(busy)
             if asked is not Level.AUTO:
                 raise JobFailed(f"disk {disk.site.name}: {busy}", hint=busy.hint) from busy
             log.warning("disk %s: a full instead: %s", disk.site.name, busy)
+    if disk.chosen.sealed:
+        assert sealing is not None
+        path, means, written = await sealed_copy(
+            monitor, disk, ranges, folder, how, tell, sockets, sealing
+        )
+        image = await asyncio.to_thread(_examined, path, disk, sealing)
+        return Copied(image, means, written, instead)
     if ranges is None:
         path, format, means, written = await _full(monitor, disk, folder, how, tell)
     else:
@@ -89,6 +100,12 @@ async def copied(
     size = disk.site.disk.top.virtual_size
     image = await asyncio.to_thread(examine_image, path, format, size)
     return Copied(image, means, written, instead)
+
+
+def _examined(path: Path, disk: PlannedDisk, sealing: Sealing) -> Image:
+    size = disk.site.disk.top.virtual_size
+    with opened_sealed(path, sealing.keys, role(sealing.vm, path)) as image:
+        return examine_image(path, SEALED, size, key=image.key)
 
 
 async def _full(
@@ -115,7 +132,7 @@ async def _full(
         )
         return path, "qcow2", "convert", await asyncio.to_thread(_on_disk, path)
     path = folder / f"{disk.label}.{format}"
-    done = await _while_qemu_lives(
+    done = await while_qemu_lives(
         monitor,
         lambda stop: copying.copy(
             source,
@@ -146,7 +163,9 @@ def _refuse_full(disk: PlannedDisk, folder: Path) -> None:
         )
 
 
-async def _changes(monitor: Monitor, disk: PlannedDisk, points: Points, sockets: Path) -> Ranges:
+async def _changes(
+    monitor: Monitor, disk: PlannedDisk, points: Points, sockets: Path, sealing: Sealing | None
+) -> Ranges:
     """What differs from the point that *disk* is to stand on. Raises VmBusy, LocalFailed."""
     since = disk.chosen.since
     assert since is not None
@@ -158,7 +177,7 @@ async def _changes(monitor: Monitor, disk: PlannedDisk, points: Points, sockets:
         layers=since.layers,
     )
     if since.point is not disk.chosen.beneath:
-        ranges = merged([*ranges, *await _between(points, disk)])
+        ranges = merged([*ranges, *await _between(points, disk, sealing)])
     return ranges
 
 
@@ -176,25 +195,22 @@ async def _increment(
     assert beneath is not None
     backing = points.images(beneath, disk.label)[0]
     path = folder / f"{disk.label}.qcow2"
-    top, frozen = disk.site.disk.top, Path(disk.site.paths[0])
-    format = top.driver if top.driver in {"qcow2", "raw"} else "raw"
-    async with qemu_nbd.serving(frozen, format, sockets / "frozen"):
-        with client.Reader(sockets / "frozen", "") as reader:
-            written = await _while_qemu_lives(
-                monitor,
-                lambda stop: increment.write(
-                    path,
-                    virtual_size=top.virtual_size,
-                    backing=_spelled(Path(backing.path), folder, beneath.folder),
-                    backing_format=backing.format,
-                    extents=ranges,
-                    read=reader.read_all,
-                    limit=how.limit,
-                    reserve=reserve(disk, folder),
-                    cancelled=stop,
-                    on_progress=tell,
-                ),
-            )
+    async with reading(disk, sockets) as reader:
+        written = await while_qemu_lives(
+            monitor,
+            lambda stop: increment.write(
+                path,
+                virtual_size=disk.site.disk.top.virtual_size,
+                backing=_spelled(Path(backing.path), folder, beneath.folder),
+                backing_format=backing.format,
+                extents=ranges,
+                read=reader.read_all,
+                limit=how.limit,
+                reserve=reserve(disk, folder),
+                cancelled=stop,
+                on_progress=tell,
+            ),
+        )
     if how.compress:
         written = await _compressed(path, backing, how)
     return path, "qcow2", "increment", written
@@ -212,15 +228,23 @@ async def _compressed(path: Path, backing: Image, how: Copying) -> int:
     return await asyncio.to_thread(_on_disk, path)
 
 
-async def _between(points: Points, disk: PlannedDisk) -> Ranges:
+async def _between(points: Points, disk: PlannedDisk, sealing: Sealing | None) -> Ranges:
     """What the increments between the point that the changes count from and the full wrote."""
     since, beneath = disk.chosen.since, disk.chosen.beneath
     assert since is not None
     assert beneath is not None
     chain = points.images(since.point, disk.label)
     depth = len(chain) - len(points.images(beneath, disk.label))
+    if disk.chosen.sealed:
+        assert sealing is not None
+        return await asyncio.to_thread(_held, sealing, chain[:depth], chain[depth])
     found = await qemu_img.allocated(Path(chain[0].path), chain[0].format, depth)
     return merged(found)
+
+
+def _held(sealing: Sealing, images: list[Image], beneath: Image) -> Ranges:
+    with opened_chain(sealing.vm, images, beneath, sealing.keys) as chain:
+        return chain.extents(zeros=True)
 
 
 def merged(ranges: Ranges) -> Ranges:
@@ -248,14 +272,3 @@ def private_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _while_qemu_lives(monitor: Monitor, work: Callable[[Callable[[], bool]], T]) -> T:
-    """Run *work* in a thread that yields. It is given what it asks whether to give up.
-
-    Raises what *work* does, and MonitorLost when QEMU went away: the copy is for nothing then.
-    """
-    try:
-        return await stoppable(lambda stop: work(lambda: stop() or monitor.lost))
-    except copying.Cancelled as stopped:
-        raise MonitorLost(f"{monitor.path}: QEMU went away during the copy") from stopped

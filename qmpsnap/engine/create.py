@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -35,6 +35,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan, plan, wanted
 from qmpsnap.engine.roots import Judged, Roots, judge
+from qmpsnap.engine.sealing import Sealing
 from qmpsnap.engine.ship import ship, ship_waiting
 from qmpsnap.engine.unkept import called, kept
 from qmpsnap.engine.wishes import Encrypt, Wishes
@@ -97,19 +98,35 @@ async def _plan(
 ) -> Plan:
     for other in wishes.ram_from:
         roots.local.vm(other)  # refuses what is no name
-    chosen = await asyncio.to_thread(chosen_levels, facts, wishes, points)
+    chosen = await asyncio.to_thread(
+        chosen_levels,
+        facts,
+        wishes,
+        points,
+        sealed=wishes.encrypt is Encrypt.ALL,
+        has=roots.secrets.has,
+    )
     await asyncio.to_thread(allowance.refuse, facts)
     return plan(facts, wishes, id, roots.local.layers(facts.machine.name), chosen)
 
 
 def chosen_levels(
-    facts: survey.Survey, wishes: Wishes, points: Points, *, under: str = ""
+    facts: survey.Survey,
+    wishes: Wishes,
+    points: Points,
+    *,
+    under: str = "",
+    sealed: bool,
+    has: Callable[[str], bool],
 ) -> dict[str, Chosen]:
-    """The level of each disk that *wishes* take, by label. Raises Blocked, UsageError."""
+    """The level of each disk that *wishes* take, by label, as `choose` decides.
+
+    Raises Blocked, UsageError.
+    """
     taken, _ = wanted(facts, wishes)
     labels = disk_labels([site.name for site in taken])
     return {
-        label: choose(wishes.level, site, label, points, under=under)
+        label: choose(wishes.level, site, label, points, under=under, sealed=sealed, has=has)
         for label, site in zip(labels, taken, strict=True)
     }
 
@@ -152,8 +169,9 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
                 after = await _after(monitor, facts, roots)
                 home = roots.local.snapshot(machine.name, id)
                 copied = await copies.taken(
-                    monitor, made, debt, home, points, wishes.copying, report, asked=wishes.level
-                )
+                    monitor, made, debt, home, points, wishes.copying, report,
+                    asked=wishes.level, sealing=_sealing(roots, machine, wishes, secret),
+                )  # fmt: skip
             except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
                 await look_for_qemu(facts, debt, failure)
@@ -189,8 +207,16 @@ async def create(roots: Roots, machine: Machine, wishes: Wishes, report: Report)
 
 
 def _secret(roots: Roots, wishes: Wishes) -> Secret | None:
-    """The key that the store half is to be encrypted with. Raises as `SecretRing.current`."""
+    """The key that is to encrypt. Raises as `SecretRing.current`."""
     return None if wishes.encrypt is Encrypt.NONE else roots.secrets.current()
+
+
+def _sealing(
+    roots: Roots, machine: Machine, wishes: Wishes, secret: Secret | None
+) -> Sealing | None:
+    if secret is None or wishes.encrypt is not Encrypt.ALL:
+        return None
+    return Sealing(machine.name, secret, roots.secrets)
 
 
 async def _after(monitor: Monitor, facts: survey.Survey, roots: Roots) -> sample.Sample | None:

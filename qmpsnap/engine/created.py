@@ -19,12 +19,16 @@ class Bytes(msgspec.Struct, frozen=True):
 
 
 class CopiedDisk(msgspec.Struct, frozen=True):
-    """What one disk became, and why; *bytes* were written for it."""
+    """What one disk became, and why; *bytes* were written for it.
+
+    *encryption*: the ID of the key that its image is encrypted with, None if it is not.
+    """
 
     level: str
     reason: str
     means: str
     bytes: int
+    encryption: str | None = None
 
 
 class Created(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +77,9 @@ def created(roots: Roots, half: Storage, manifest: Manifest, *, shipped: int | N
         revision=half.revision,
         state="shipping" if shipped is None else "paired",
         disks={
-            disk.device: CopiedDisk(disk.level, disk.reason, disk.means, written[disk.device])
+            disk.device: CopiedDisk(
+                disk.level, disk.reason, disk.means, written[disk.device], disk.chain[0].key
+            )
             for disk in half.disks
         },
         encryption=manifest.key,

@@ -18,6 +18,7 @@ from qmpsnap.engine import (
     create,
     delete,
     export,
+    extract,
     fitness,
     info,
     listing,
@@ -178,9 +179,14 @@ class Engine(Reader):
         """
         return await owning.own(self.roots, vm, act)
 
-    async def info(self, machine: Machine, *, changes: bool = False) -> info.Info:
-        """What can be done with a running VM, and why not; *changes*: what an increment copies."""
-        return await info.info(self.roots, machine, changes=changes)
+    async def info(
+        self, machine: Machine, *, changes: bool = False, encrypt: bool | None = None
+    ) -> info.Info:
+        """What can be done with a running VM, and why not; *changes*: what an increment copies.
+
+        *encrypt*: whether copies of its disks are to be encrypted; None: if the last ones are.
+        """
+        return await info.info(self.roots, machine, changes=changes, sealed=encrypt)
 
     async def verify(
         self,
@@ -273,11 +279,27 @@ class Engine(Reader):
     ) -> AsyncIterator[export.Export]:
         """One disk of a snapshot (its newest *revision*), served read-only over NBD for the block.
 
-        Raises SnapshotUnknown, UsageError, DamagedData, LocalFailed.
+        Raises SnapshotUnknown, UsageError, Blocked for one that is encrypted, DamagedData,
+        LocalFailed.
         """
         served = export.exported(self.roots, vm, word, disk, revision, socket)
         async with served as one:
             yield one
+
+    async def extract(
+        self,
+        vm: str,
+        disk: str,
+        to: Path,
+        word: str = listing.LATEST,
+        *,
+        revision: int | None = None,
+    ) -> extract.Extracted:
+        """One disk of a snapshot (its newest *revision*) as the new qcow2 *to*, on nothing.
+
+        Raises SnapshotUnknown, UsageError, KeyMissing, DamagedData, LocalFailed.
+        """
+        return await extract.extracted(self.roots, vm, word, disk, revision, to, self._report)
 
     async def delete(self, machine: Machine, word: str) -> delete.Deleted:
         """Remove both halves of one snapshot and fold overlays that nobody needs.
@@ -295,9 +317,11 @@ class Engine(Reader):
         quiesce: Quiesce = Quiesce.AUTO,
         max_pause: float | None = None,
         max_freeze: float = MAX_FREEZE,
+        encrypt: bool | None = None,
     ) -> refresh.Refreshed:
         """Make a new revision of the local half of one snapshot; its store half stays as it is.
 
+        *encrypt*: whether its images are encrypted; None: if those of the last revision are.
         Raises SnapshotUnknown, and what `create` raises; the snapshot is as before then.
         """
         return await refresh.refresh(
@@ -309,6 +333,7 @@ class Engine(Reader):
             quiesce=quiesce,
             max_pause=max_pause,
             max_freeze=max_freeze,
+            encrypt=encrypt,
         )
 
     async def prune(

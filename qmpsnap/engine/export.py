@@ -16,11 +16,20 @@ import msgspec
 from qmpsnap.engine import dependents
 from qmpsnap.engine.listing import find
 from qmpsnap.engine.roots import Roots
-from qmpsnap.errors import BaseChanged, HalfMissing, LocalFailed, ManifestError, UsageError
+from qmpsnap.engine.unsealing import is_sealed
+from qmpsnap.errors import (
+    BaseChanged,
+    Blocked,
+    HalfMissing,
+    LocalFailed,
+    ManifestError,
+    UsageError,
+)
 from qmpsnap.host import journal, qemu_img, qemu_nbd
 from qmpsnap.hypervisor.machine import registry
 from qmpsnap.shield import finish
 from qmpsnap.store import image, points, signature
+from qmpsnap.store.catalogue import Entry
 from qmpsnap.store.layout import LocalRoot
 from qmpsnap.store.manifest import Disk, Image
 from qmpsnap.store.points import Point, Points
@@ -36,6 +45,20 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     uri: str
     socket: str
     virtual_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """The disk *disk* of the snapshot *entry* at *point*, whose images are *chain*, top first."""
+
+    entry: Entry
+    point: Point
+    disk: Disk
+    chain: Sequence[Image]
+
+    @property
+    def words(self) -> str:
+        return f"disk {self.disk.device} of {self.entry.vm} {self.point.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +84,17 @@ async def exported(
     can be seen, somebody trusted has to vouch for it. `delete` refuses the snapshot meanwhile.
 
     Raises SnapshotUnknown, Unsigned, Foreign, UsageError for a disk or revision that is not there,
-    HalfMissing and BaseChanged for what is on disk, LocalFailed.
+    Blocked for a disk that is encrypted, HalfMissing and BaseChanged for what is on disk,
+    LocalFailed.
     """
-    entry = await find(roots, vm, word)
-    signature.refuse(entry.signature, f"{vm} {entry.id}")
-    if not entry.local:
-        raise HalfMissing(f"{vm} {entry.id}: {entry.why}")
-    there = await asyncio.to_thread(points.read, roots.local, vm)
-    point = _point(there, entry.id, revision)
-    chosen = _disk(point, disk)
-    chain = there.images(point, chosen.label)
-    await _unchanged(f"disk {chosen.device} of {vm} {point.name}", chain)
+    found = await meant(roots, vm, word, disk, revision)
+    entry, point, chosen, chain = found.entry, found.point, found.disk, found.chain
+    if is_sealed(chain):
+        raise Blocked(
+            f"{found.words} is encrypted, and is not served",
+            hint="`qmpsnap export --to FILE` writes it into an image",
+        )
+    await unchanged(found)
     where = _place(socket, vm, point, chosen)
     async with (
         _depended_on(roots.local, vm, entry.id, where) as begun,
@@ -88,6 +111,18 @@ async def exported(
             virtual_size_bytes=chosen.virtual_size_bytes,
         )
         yield Export(shown, server)
+
+
+async def meant(roots: Roots, vm: str, word: str, disk: str, revision: int | None) -> Meant:
+    """The disk that these words mean, of a snapshot that may be read. Raises as `exported`."""
+    entry = await find(roots, vm, word)
+    signature.refuse(entry.signature, f"{vm} {entry.id}")
+    if not entry.local:
+        raise HalfMissing(f"{vm} {entry.id}: {entry.why}")
+    there = await asyncio.to_thread(points.read, roots.local, vm)
+    point = _point(there, entry.id, revision)
+    chosen = _disk(point, disk)
+    return Meant(entry, point, chosen, there.images(point, chosen.label))
 
 
 def _point(there: Points, id: str, revision: int | None) -> Point:
@@ -118,14 +153,17 @@ def _disk(point: Point, word: str) -> Disk:
     return found[0]
 
 
-async def _unchanged(what: str, chain: Sequence[Image]) -> None:
+async def unchanged(found: Meant) -> None:
     """See that all images are those that were frozen, and that their own headers lead to them.
 
-    It is the headers that qemu-nbd goes by.
+    It is the headers that QEMU's tools go by. Raises BaseChanged, LocalFailed.
     """
+    what, chain = found.words, found.chain
     for one in chain:
         if difference := await asyncio.to_thread(image.changed, one):
             raise BaseChanged(f"{what}: {difference}")
+    if is_sealed(chain):
+        return  # whoever opens them sees to the rest
     told = await qemu_img.chain(Path(chain[0].path), chain[0].format)
     _same_way(what, [one.filename for one in told], [one.path for one in chain])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpsnap.engine import (
@@ -30,6 +30,7 @@ from qmpsnap.engine.listing import find
 from qmpsnap.engine.restoration import Ready, Restoration
 from qmpsnap.engine.roots import Roots
 from qmpsnap.engine.spool import MACHINE, USAGE
+from qmpsnap.engine.unsealing import is_sealed, needed
 from qmpsnap.engine.usage import Usage
 from qmpsnap.engine.verdict import row
 from qmpsnap.errors import (
@@ -37,9 +38,11 @@ from qmpsnap.errors import (
     HalfMissing,
     LocalFailed,
 )
+from qmpsnap.host.priority import in_background
 from qmpsnap.store.manifest import Image, Shared
 from qmpsnap.store.points import Points
 from qmpsnap.store.points import read as read_points
+from qmpsnap.store.sealedimages import keys_of
 from qmpsnap.units import in_bytes
 
 
@@ -73,7 +76,7 @@ async def _assessed(roots: Roots, vm: str, word: str, wish: Restoration) -> Asse
         found.pair = pair
     with found.row("state", "RAM" if pair.manifest.ram.file else "disks", _how(wish)):
         restoration.refuse_mode(pair, wish)
-    chains = await asyncio.to_thread(_chains, found, points)
+    chains = await in_background(_chains, found, points)
     with found.row("folder", "-", str(wish.to)):
         await asyncio.to_thread(restoration.refuse_folder, wish.to)
         if wish.ram_in is not None:
@@ -103,7 +106,7 @@ async def _compared(
     found: Assessed,
     machine: configuration.Configuration,
     used: Usage | None,
-    chains: Sequence[Sequence[Image]],
+    chains: Chains,
     fetched: Sequence[Shared],
     seen: Glanced,
 ) -> None:
@@ -123,7 +126,7 @@ async def _compared(
     ready, rows = companion.with_tpm(ready, seen)
     found.made = ready
     found.rows += rows
-    facts = await here.look(ready, machine, chains)
+    facts = await here.look(ready, machine, chains.plain, chains.decrypted_bytes)
     version = facts.binary.version if facts.binary is not None else "0"
     if not wish.cold:
         memory = await asyncio.to_thread(
@@ -159,13 +162,32 @@ def _how(wish: Restoration) -> str:
     return "booted from its disks" if wish.cold else "goes on with its RAM"
 
 
-def _chains(found: Assessed, points: Points) -> list[list[Image]]:
-    chains = []
-    for disk in found.pair.storage.disks:
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """The images of the disks: the *plain* ones, and what the others take, decrypted, in bytes."""
+
+    plain: list[list[Image]]
+    decrypted_bytes: int
+
+
+def _chains(found: Assessed, points: Points) -> Chains:
+    pair, plain, decrypted = found.pair, list[list[Image]](), 0
+    known = {pair.manifest.key}
+    for disk in pair.storage.disks:
+        keys: list[str] = []
         with found.row(f"disk {disk.device}", disk.level):
-            restoration.refuse_changed(found.pair, points, disk)
-            chains.append(restoration.images(found.pair, points, disk))
-    return chains
+            restoration.refuse_changed(pair, points, disk)
+            chain = restoration.images(pair, points, disk)
+            keys = keys_of(chain)
+            if not is_sealed(chain):
+                plain.append(chain)
+            elif all(map(pair.roots.secrets.has, keys)):
+                decrypted += needed(pair.vm, chain, pair.roots.secrets)
+        for key in (one for one in keys if one not in known):
+            known.add(key)
+            with found.row("encryption of disks", f"key {key}", "the key is here"):
+                pair.roots.secrets(key)
+    return Chains(plain, decrypted)
 
 
 def _files(found: Assessed, seen: Glanced) -> None:

@@ -30,10 +30,10 @@ class Here:
 
     *troubles*: why a device node, or a file that the machine opens, cannot be opened; what is not
     in it, can. *tap_trouble*: why we cannot make a tap. *copied_bytes* is what the images take
-    that a standalone restore copies. *binary* is None for a QEMU that does not run:
-    *binary_trouble*. *accelerator* is the one that it would run on, *cpu_features* what it can
-    give to a guest then, None if not known. *firmware* is what it would load, by the captured
-    names; *huge_free_bytes* what is free of huge pages, by their size.
+    that a standalone restore copies, *decrypted_bytes* what any restore decrypts. *binary* is None
+    for a QEMU that does not run: *binary_trouble*. *accelerator* is the one that it would run on,
+    *cpu_features* what it can give to a guest then, None if not known. *firmware* is what it would
+    load, by the captured names; *huge_free_bytes* what is free of huge pages, by their size.
     """
 
     id: str
@@ -45,14 +45,22 @@ class Here:
     tap_trouble: str
     interfaces: frozenset[str]
     copied_bytes: int
+    decrypted_bytes: int = 0
     accelerator: str = "tcg"
     cpu_features: frozenset[str] | None = None
     firmware: Mapping[str, FirmwareFile] = field(default_factory=dict)
     huge_free_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
-async def look(ready: Ready, machine: Configuration, chains: Sequence[Sequence[Image]]) -> Here:
+async def look(
+    ready: Ready,
+    machine: Configuration,
+    chains: Sequence[Sequence[Image]],
+    decrypted_bytes: int = 0,
+) -> Here:
     """Now, for the *machine* that *ready* starts on the images *chains*; nothing is changed.
+
+    On those, and on disks of *decrypted_bytes* that are made for it.
 
     Raises LocalFailed when this host does not tell.
     """
@@ -78,6 +86,7 @@ async def look(ready: Ready, machine: Configuration, chains: Sequence[Sequence[I
         tap_trouble=seen.tap_trouble,
         interfaces=seen.interfaces,
         copied_bytes=seen.copied_bytes,
+        decrypted_bytes=decrypted_bytes,
         accelerator=_accelerator(ready),
         cpu_features=given,
         firmware=await asyncio.to_thread(_firmware, ready, machine, folders),

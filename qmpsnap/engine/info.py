@@ -105,15 +105,19 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     lease: Standing | None = None
 
 
-async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info:
+async def info(
+    roots: Roots, machine: Machine, *, changes: bool = False, sealed: bool | None = None
+) -> Info:
     """Ask the VM; nothing is changed. *changes*: count what the next increment would copy.
+
+    *sealed*: whether the next copies are to be encrypted, as for `choose`.
 
     Raises MonitorAbsent, MonitorBusy, VmBusy (also when its NBD server is somebody else's, and
     *changes* were asked for).
     """
     asking = asyncio.create_task(owning.rival(roots, machine.name))
     try:
-        found = await _asked(roots, machine, changes=changes)
+        found = await _asked(roots, machine, changes=changes, sealed=sealed)
         lease = await asking
     finally:
         asking.cancel()
@@ -124,7 +128,7 @@ async def info(roots: Roots, machine: Machine, *, changes: bool = False) -> Info
     return msgspec.structs.replace(found, lease=lease, blockers=[held, *found.blockers])
 
 
-async def _asked(roots: Roots, machine: Machine, *, changes: bool) -> Info:
+async def _asked(roots: Roots, machine: Machine, *, changes: bool, sealed: bool | None) -> Info:
     layers = roots.local.layers(machine.name)
     points = await asyncio.to_thread(read_points, roots.local, machine.name)
     await asyncio.to_thread(arrivals.refuse, roots, machine)
@@ -132,7 +136,7 @@ async def _asked(roots: Roots, machine: Machine, *, changes: bool) -> Info:
     try:
         async with connect(machine.socket) as monitor:
             facts = await survey.take(monitor, machine, layers)
-            chosen, levels = await asyncio.to_thread(_levels, facts, points)
+            chosen, levels = await asyncio.to_thread(_levels, facts, points, sealed=sealed)
             if changes:
                 for name, one in chosen.items():
                     if one.since is not None:
@@ -166,24 +170,28 @@ async def _asked(roots: Roots, machine: Machine, *, changes: bool) -> Info:
 
 
 def _levels(
-    facts: survey.Survey, points: Points
+    facts: survey.Survey, points: Points, *, sealed: bool | None
 ) -> tuple[dict[str, Chosen], dict[str, list[Possibility]]]:
     """What `auto` would choose for each disk, and which levels there are for it."""
     taken = [site for site in facts.sites if site.disk.chain and not site.disk.read_only]
     labels = {site.name: disk_labels([site.name])[0] for site in taken}
-    chosen = {one.name: choose(Level.AUTO, one, labels[one.name], points) for one in taken}
+    chosen = {
+        one.name: choose(Level.AUTO, one, labels[one.name], points, sealed=sealed) for one in taken
+    }
     several = {
-        one.name: [_level(level, one, labels[one.name], points) for level in _LEVELS]
+        one.name: [_level(level, one, labels[one.name], points, sealed=sealed) for level in _LEVELS]
         for one in taken
     }
     return chosen, several
 
 
-def _level(level: Level, site: survey.Site, label: str, points: Points) -> Possibility:
+def _level(
+    level: Level, site: survey.Site, label: str, points: Points, *, sealed: bool | None
+) -> Possibility:
     if site.disk.trouble:
         return Possibility(what=level.value, possible=False, why=site.disk.trouble)
     try:
-        why = choose(level, site, label, points).reason
+        why = choose(level, site, label, points, sealed=sealed).reason
     except Blocked as refused:
         told = str(refused).partition(" is possible: ")[2] or str(refused)
         return Possibility(what=level.value, possible=False, why=told)

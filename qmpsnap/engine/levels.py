@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from qmpsnap.ids import NodeName
 from qmpsnap.store import image
 from qmpsnap.store.manifest import Disk
 from qmpsnap.store.points import Point, Points
+from qmpsnap.store.sealedimages import keys_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +33,72 @@ class Since:
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The *level* of one disk. *since*: what an increment or a differential takes its changes
-    from; *beneath* is the point that it stands on, which for a differential is an older one."""
+    from; *beneath* is the point that it stands on, which for a differential is an older one.
+    *sealed*: the image that is written is encrypted."""
 
     level: Level
     reason: str
     since: Since | None = None
     beneath: Point | None = None
+    sealed: bool = False
 
 
-def choose(asked: Level, site: Site, label: str, points: Points, *, under: str = "") -> Chosen:
+def _is_here(key: str) -> bool:
+    return True
+
+
+def choose(
+    asked: Level,
+    site: Site,
+    label: str,
+    points: Points,
+    *,
+    under: str = "",
+    sealed: bool | None = None,
+    has: Callable[[str], bool] = _is_here,
+) -> Chosen:
     """Decide for one disk; *under* is the snapshot that is refreshed, if one is.
+
+    *sealed*: whether its image is to be encrypted; None: as what it stands on is. Only encrypted
+    images stand on encrypted ones, whose keys have to be here: *has* tells.
 
     Raises Blocked where `inc` or `diff` was asked for and is not sound.
     """
-    if asked in {Level.OVERLAY, Level.FULL}:
+    if asked is Level.OVERLAY:
         return Chosen(asked, "asked for")
+    if asked is Level.FULL:
+        return Chosen(asked, "asked for", sealed=bool(sealed))
     since, trouble = _since(site, label, points, under)
+    if since is not None:
+        beneath = keys_of(points.images(since.point, label))
+        sealed = bool(beneath) if sealed is None else sealed
+        if trouble := _unlike(since.point, beneath, has, sealed=sealed):
+            since = None
+    sealed = bool(sealed)
     if since is not None and asked is Level.DIFF:
         full = _last_full(points, since.point, label)
         if full is not None:
-            return Chosen(Level.DIFF, f"changes since {full.name}", since, full)
+            return Chosen(Level.DIFF, f"changes since {full.name}", since, full, sealed)
         trouble = "no full is beneath it"
     if since is not None and asked is not Level.DIFF:
-        return Chosen(Level.INC, f"changes since {since.point.name}", since, since.point)
+        return Chosen(Level.INC, f"changes since {since.point.name}", since, since.point, sealed)
     if asked is not Level.AUTO:
         raise Blocked(
             f"disk {site.name}: no {asked} is possible: {trouble}",
             hint="`--level auto` takes a full of the disks concerned",
         )
-    return Chosen(Level.FULL, trouble)
+    return Chosen(Level.FULL, trouble, sealed=sealed)
+
+
+def _unlike(point: Point, keys: list[str], has: Callable[[str], bool], *, sealed: bool) -> str:
+    """Why an image that is *sealed*, or is not, cannot stand on *point*; empty if it can."""
+    if bool(keys) != sealed:
+        was, to_be = ("", "not ") if keys else ("not ", "")
+        return f"{point.name} is {was}encrypted, and this one is {to_be}to be"
+    missing = [key for key in keys if not has(key)]
+    return (
+        f"{point.name} is encrypted with the key {missing[0]}, which is not here" if missing else ""
+    )
 
 
 def _since(site: Site, label: str, points: Points, under: str) -> tuple[Since | None, str]:

@@ -18,30 +18,44 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.engine.capture import Report
+from qmpsnap.engine.resealing import resealed
 from qmpsnap.engine.runs import Run
 from qmpsnap.errors import BaseChanged, DamagedData, DigestMismatch, LocalFailed
 from qmpsnap.host import qemu_img
 from qmpsnap.host.priority import in_background
 from qmpsnap.store import copying, digests, files, image, sink
 from qmpsnap.store.layout import DIGESTS, MERGED, PARTIAL
-from qmpsnap.store.manifest import Disk, Image, Merged, Replacement, decode, encode
+from qmpsnap.store.manifest import (
+    Disk,
+    Image,
+    Merged,
+    Replacement,
+    decode,
+    encode,
+    version_of,
+)
 from qmpsnap.store.points import Point, Points
+from qmpsnap.store.secret import Keys
 
 log = logging.getLogger(__name__)
 
 
-async def merge(points: Points, top: Point, runs: Collection[Run], report: Report) -> None:
+async def merge(
+    points: Points, top: Point, runs: Collection[Run], report: Report, keys: Keys
+) -> None:
     """Do all *runs* of the point *top*. A crash anywhere leaves every point as readable as before.
 
+    Images that are encrypted are so afterwards, with the key of *top*'s own; *keys* are for them.
+
     Raises DamagedData before anything is changed when one of the images is not what it was, and
-    LocalFailed; the old images are there then, under their names.
+    LocalFailed, KeyMissing; the old images are there then, under their names.
     """
     for name in {top.name, *(name for run in runs for name in run.expired)}:
         await in_background(_expect_sound, points.by_name[name], report)
     new = {run: Path(_own(top, run.label).path + PARTIAL) for run in runs}
     try:
         for run, path in new.items():
-            await _build(points, top, run, path, report)
+            await _build(points, top, run, path, report, keys)
     except BaseException:
         for path in new.values():
             _sweep(path)
@@ -66,7 +80,9 @@ def _told(report: Report, words: str, done: int, total: int, what: str) -> None:
     report(words, done, total)
 
 
-async def _build(points: Points, top: Point, run: Run, new: Path, report: Report) -> None:
+async def _build(
+    points: Points, top: Point, run: Run, new: Path, report: Report, keys: Keys
+) -> None:
     """The image *new*, durable, which reads as *top*'s own does on all that is beneath it."""
     old, disk = Path(_own(top, run.label).path), _disk(top, run.label)
     size = disk.virtual_size_bytes
@@ -78,6 +94,12 @@ async def _build(points: Points, top: Point, run: Run, new: Path, report: Report
     sources = [top, *(points.by_name[name] for name in run.expired)]
     room = sum(_allocated(Path(_own(one, run.label).path)) for one in sources)
     await asyncio.to_thread(sink.expect_room, new, room, 0)
+    images = [_own(one, run.label) for one in sources]
+    if images[0].key is not None:
+        beneath = _own(points.by_name[run.beneath], run.label) if run.beneath else None
+        tell_all = partial(_told, report, f"merging {disk.device} into {top.name}")
+        await resealed(points.vm, images, beneath, new, keys, tell_all)
+        return
     if run.beneath is None:
         await qemu_img.convert(old, "qcow2", new, "qcow2", tell)
     else:
@@ -111,12 +133,13 @@ def _backing(beneath: Point, label: str, folder: Path) -> tuple[str, str]:
 
 def _swap(top: Point, run: Run, new: Path) -> None:
     """*new* takes the old image's name, and `merged.json` tells of it."""
-    disk, old = _disk(top, run.label), Path(_own(top, run.label).path)
-    path = top.folder / MERGED
+    disk, own = _disk(top, run.label), _own(top, run.label)
+    old, path = Path(own.path), top.folder / MERGED
+    format = own.format if own.key is not None else "qcow2"
     was: dict[str, Replacement] = {}
     if path.exists():
         was = decode(files.read_small(path, side=LocalFailed), Merged, path).disks
-    now = image.examine_image(new, "qcow2", disk.virtual_size_bytes)
+    now = image.examine_image(new, format, disk.virtual_size_bytes, key=own.key)
     with files.told(old, LocalFailed):
         inode = old.stat().st_ino
     replacement = Replacement(
@@ -125,7 +148,9 @@ def _swap(top: Point, run: Run, new: Path) -> None:
         parent=run.beneath,
         before=_in_force(was.get(run.label), inode),
     )
-    merged = Merged(point=top.name, disks=was | {run.label: replacement})
+    disks = was | {run.label: replacement}
+    version = version_of(one.image for one in disks.values())
+    merged = Merged(version=version, point=top.name, disks=disks)
     with files.told(top.folder, LocalFailed):
         # what it says is not so from here on; `finish` and `_hash` say it anew
         (top.folder / DIGESTS).unlink(missing_ok=True)
@@ -154,6 +179,8 @@ def finish(points: Points, report: Report) -> None:
     """
     for point in points:
         images = [point.folder / name for name in _written(point)]
+        if point.kept and not all(one.exists() for one in images):
+            continue  # nobody stands on it: its removal was cut off, and is ended by the sweep
         left = [path for one in images for path in _leavings(Path(f"{one}{PARTIAL}"))]
         merged = (point.folder / MERGED).exists()
         if (left or merged) and not (point.folder / DIGESTS).exists():

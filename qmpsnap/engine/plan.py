@@ -69,6 +69,7 @@ class PlannedDisk:
             "overlay": str(self.overlay.path),
             "level": self.chosen.level.value,
             "level_reason": self.chosen.reason,
+            "encrypted": self.chosen.sealed,
             "parent": beneath.name if beneath is not None else None,
             "bitmap": self.bitmap,
         }

@@ -20,7 +20,7 @@ from qmpsnap.errors import LocalFailed, SnapError, StoreError, StoreRefused, VmB
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
 from qmpsnap.store import files, points
-from qmpsnap.store.points import Points
+from qmpsnap.store.points import Point, Points
 
 log = logging.getLogger(__name__)
 _UNSETTLED = "a run that was cut off has yet to be settled: `qmpsnap recover`"
@@ -119,8 +119,16 @@ def _who(roots: Roots, vm: str, id: str) -> str:
 
 
 def _standing(roots: Roots, there: Points) -> dict[str, str]:
+    """The points that have to stay as they are, and why."""
     who = {id: _who(roots, there.vm, id) for id in {one.storage.id for one in there}}
-    return {one.name: who[one.storage.id] for one in there if who[one.storage.id]}
+    why = {one.name: who[one.storage.id] or _sealed(roots, one) for one in there}
+    return {name: words for name, words in why.items() if words}
+
+
+def _sealed(roots: Roots, point: Point) -> str:
+    """Why nobody here can read its own images; empty if that can be done."""
+    missing = [key for key in point.storage.keys if not roots.secrets.has(key)]
+    return f"it is encrypted with the key {missing[0]}, which is not here" if missing else ""
 
 
 async def _removed(
@@ -172,7 +180,7 @@ async def _merged(
     for top in dict.fromkeys(run.top for run in plan.runs) if merging else []:
         several = [run for run in plan.runs if run.top == top]
         try:
-            await merge.merge(there, there.by_name[top], several, report)
+            await merge.merge(there, there.by_name[top], several, report, roots.secrets)
         except SnapError as trouble:
             log.warning("%s: nothing is merged into %s: %s", vm, top, trouble)
             failed[top] = str(trouble)

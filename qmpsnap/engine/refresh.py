@@ -17,6 +17,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.phase import Phase
 from qmpsnap.engine.plan import Plan, plan
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.sealing import Sealing
 from qmpsnap.engine.wishes import Copying, Level, Quiesce, RamChoice, Wishes
 from qmpsnap.errors import HalfMissing, SnapshotUnknown
 from qmpsnap.host import lock
@@ -32,7 +33,10 @@ _SEAL_WITHIN = 600.0
 
 
 class Refreshed(msgspec.Struct, frozen=True, kw_only=True):
-    """A new revision. *levels*: what each disk became, by its name; *bytes*: written locally."""
+    """A new revision. *levels*: what each disk became, by its name; *bytes*: written locally.
+
+    *encryption*: the ID of the key that its images are encrypted with, None if they are not.
+    """
 
     id: str
     vm: str
@@ -46,6 +50,7 @@ class Refreshed(msgspec.Struct, frozen=True, kw_only=True):
     frozen_ms: float | None
     local: str
     bytes: int
+    encryption: str | None = None
 
 
 async def refresh(
@@ -58,10 +63,12 @@ async def refresh(
     quiesce: Quiesce = Quiesce.AUTO,
     max_pause: float | None = None,
     max_freeze: float = MAX_FREEZE,
+    encrypt: bool | None = None,
 ) -> Refreshed:
     """Make the next revision of the local half of the snapshot that *word* means.
 
-    The store is not touched, nor even looked at. Raises SnapshotUnknown, HalfMissing, and what
+    *encrypt*: whether its images are encrypted; None: if those of its last revision are. The
+    store is not touched, nor even looked at. Raises SnapshotUnknown, HalfMissing, and what
     `create` raises; the guest and the snapshot are as before then.
     """
     copying = copying or Copying()
@@ -71,6 +78,8 @@ async def refresh(
             of = _meant(points, word)
             facts = await survey.take(monitor, machine, roots.local.layers(machine.name))
             first = points.by_name[of]
+            sealed = _last(points, of).keys != [] if encrypt is None else encrypt
+            secret = await asyncio.to_thread(roots.secrets.current) if sealed else None
             wishes = Wishes(
                 level=Level.AUTO,
                 ram=RamChoice.NONE,
@@ -80,7 +89,15 @@ async def refresh(
                 include=tuple(disk.device for disk in first.storage.disks),
                 copying=copying,
             )
-            chosen = await asyncio.to_thread(create.chosen_levels, facts, wishes, points, under=of)
+            chosen = await asyncio.to_thread(
+                create.chosen_levels,
+                facts,
+                wishes,
+                points,
+                under=of,
+                sealed=sealed,
+                has=roots.secrets.has,
+            )
             id = await asyncio.to_thread(create.next_id, roots, machine)
             await asyncio.to_thread(allowance.refuse, facts)
             made = plan(facts, wishes, id, roots.local.layers(machine.name), chosen)
@@ -92,8 +109,9 @@ async def refresh(
             try:
                 captured = await instant(monitor, made, facts, debt, folder, report)
                 copied = await copies.taken(
-                    monitor, made, debt, folder, points, copying, report, asked=Level.AUTO
-                )
+                    monitor, made, debt, folder, points, copying, report, asked=Level.AUTO,
+                    sealing=Sealing(machine.name, secret, roots.secrets) if secret else None,
+                )  # fmt: skip
             except BaseException as failure:
                 await finish(given_up(roots, machine, monitor, debt, str(id)), within=3600)
                 await look_for_qemu(facts, debt, failure)
@@ -114,6 +132,7 @@ async def refresh(
         frozen_ms=captured.frozen_ms,
         local=str(folder),
         bytes=sum(disk.bytes_written for disk in half.disks),
+        encryption=next(iter(half.keys), None),
     )
 
 
@@ -142,7 +161,13 @@ async def _sealed(
 
 
 def _next(points: Points, of: str) -> int:
-    return 1 + max(point.storage.revision for point in points if point.storage.id == of)
+    return 1 + _last(points, of).revision
+
+
+def _last(points: Points, of: str) -> Storage:
+    """The newest revision of the snapshot *of*."""
+    found = (point.storage for point in points if point.storage.id == of)
+    return max(found, key=lambda storage: storage.revision)
 
 
 def _meant(points: Points, word: str) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 import msgspec
 
 from qmpsnap.child import Lifetime
-from qmpsnap.engine import arrivals, companion, dependents, feeding, fitness, ramback
+from qmpsnap.engine import (
+    arrivals,
+    companion,
+    dependents,
+    feeding,
+    fitness,
+    ramback,
+    restoration,
+)
 from qmpsnap.engine.capture import Report
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.machine import Machine
@@ -22,12 +30,14 @@ from qmpsnap.engine.restoration import Ready as Ready
 from qmpsnap.engine.restoration import Restoration as Restoration
 from qmpsnap.engine.restoration import places, refuse_folder
 from qmpsnap.engine.roots import Roots
+from qmpsnap.engine.unsealing import is_sealed, unsealed
 from qmpsnap.errors import HalfMissing, LocalFailed, MigrationFailed, MonitorLost
 from qmpsnap.host import cage, journal, qemu_img, swtpm
 from qmpsnap.hypervisor.guest import quiesce, runstate
 from qmpsnap.hypervisor.machine.launch import Launched, launched
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.shield import finish
+from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 
@@ -207,9 +217,12 @@ async def _brought_up(
 
 async def _images(pair: Pair, wish: Restoration, memory: ramback.Memory, report: Report) -> None:
     where = places(pair, wish.to)
-    images = [str(where[disk.origin]) for disk in pair.storage.disks]
-    if wish.standalone:  # it needs the snapshot for as long as its RAM comes
-        images = [str(memory.folder)] if memory.way is ramback.Way.DEMAND else []
+    points = await asyncio.to_thread(read_points, pair.roots.local, pair.vm)
+    chains = {disk.label: restoration.images(pair, points, disk) for disk in pair.storage.disks}
+    apart = {label for label, one in chains.items() if wish.standalone or is_sealed(one)}
+    images = [str(where[disk.origin]) for disk in pair.storage.disks if disk.label not in apart]
+    if not images and memory.way is ramback.Way.DEMAND:
+        images = [str(memory.folder)]  # it needs the snapshot for as long as its RAM comes
     if images:
         note = dependents.Dependent(folder=str(wish.to), images=images)
         await asyncio.to_thread(dependents.note, pair.roots.local, pair.vm, pair.id, note)
@@ -219,7 +232,11 @@ async def _images(pair: Pair, wish: Restoration, memory: ramback.Memory, report:
         if any(one.id == pair.id for one in owed):
             raise HalfMissing(f"{pair.vm} {pair.id} is being deleted")
     for disk in pair.storage.disks:
-        top, place = disk.chain[0], where[disk.origin]
+        top, place, chain = disk.chain[0], where[disk.origin], chains[disk.label]
+        if is_sealed(chain):
+            told = f"decrypting {disk.device}"
+            await unsealed(pair.vm, chain, pair.roots.secrets, place, told, report)
+            continue
         if not wish.standalone:
             await qemu_img.create_overlay(
                 place, Path(top.path), top.format, disk.virtual_size_bytes

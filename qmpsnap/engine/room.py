@@ -67,7 +67,8 @@ def _guests(disk: PlannedDisk, sharing: list[PlannedDisk]) -> None:
 def _ours(disk: PlannedDisk, folder: Path) -> None:
     chain, spare = disk.site.disk.chain, reserve(disk, folder)
     whole = len(chain) > 1 or folder.stat().st_dev != Path(disk.site.paths[0]).stat().st_dev
-    full = disk.chosen.level is Level.FULL and whole
+    # what is encrypted shares no blocks
+    full = disk.chosen.level is Level.FULL and (whole or disk.chosen.sealed)
     needed = sum(node.actual_size for node in chain) if full else 0
     free = shutil.disk_usage(folder).free
     if free < needed + spare:

@@ -35,7 +35,8 @@ def plan(points: Points, expired: Collection[str], standing: Mapping[str, str]) 
     """What to merge so that as many as possible of the *expired* points are needed no more.
 
     An expired point goes only if one other point stands on it, on each disk that it is needed for.
-    *standing*: the points that restored machines stand on, and what to say of it. While a point
+    *standing*: the points that have to stay as they are, since restored machines stand on them or
+    nobody here can read them, and what to say of it. While a point
     cannot be read, none goes: it may stand on any of them.
     """
     if points.damaged:

@@ -20,11 +20,12 @@ from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import Level
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import qemu_img
+from qmpsnap.host.priority import in_background
 from qmpsnap.hypervisor.block.graph import Node
 from qmpsnap.hypervisor.machine.reconcile import numbered
 from qmpsnap.hypervisor.vmstate import sections
 from qmpsnap.hypervisor.vmstate.session import RamMode
-from qmpsnap.store import box, contents, files, manifest
+from qmpsnap.store import box, contents, files, manifest, points
 from qmpsnap.store.box import Role
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.layout import MANIFEST, SIGNATURE
@@ -40,6 +41,7 @@ from qmpsnap.store.manifest import (
     Storage,
     encode,
 )
+from qmpsnap.store.sealedimages import opened_chain
 from qmpsnap.store.secret import Secret
 
 MACHINE = "machine.json"
@@ -65,7 +67,9 @@ def storage(
     *of* is the snapshot whose *revision* this is, when it is not one of its own. Raises
     LocalFailed when a file of a chain cannot be read.
     """
+    disks = [_disk(disk, copied.get(disk.label)) for disk in plan.disks]
     return Storage(
+        version=manifest.version_of(image for disk in disks for image in disk.chain),
         id=of or str(plan.id),
         vm=plan.vm,
         host=host_id(),
@@ -73,7 +77,7 @@ def storage(
         revision=revision,
         revision_id=str(plan.id) if of else None,
         level=_LEVELS[cheapest(_level(disk, copied.get(disk.label)) for disk in plan.disks)],
-        disks=[_disk(disk, copied.get(disk.label)) for disk in plan.disks],
+        disks=disks,
         left_out=list(plan.left_out),
     )
 
@@ -151,9 +155,10 @@ async def build(
     await asyncio.to_thread(_small, folder / MACHINE, configuration.encode(machine))
     await asyncio.to_thread(_small, folder / USAGE, usage.encode(used))
     names = [MACHINE, USAGE]
-    for disk in half.disks:
-        if disk.role == "pflash":
-            names.append(name := f"nvram/{disk.label}.raw")
+    flash = [disk for disk in half.disks if disk.role == "pflash"]
+    for disk in flash:
+        if disk.chain[0].key is None:
+            names.append(name := _nvram_name(disk))
             await _nvram(disk, folder / name)
     if held is not None:
         names += await asyncio.to_thread(tpm.write, folder, held)
@@ -168,6 +173,12 @@ async def build(
     )
     place = (plan.vm, str(plan.id))
     entries = [await asyncio.to_thread(_entry, folder, name, place, secret) for name in names]
+    if secret is not None:
+        entries += [
+            await in_background(_sealed_nvram, roots, folder, disk, place, secret)
+            for disk in flash
+            if disk.chain[0].key is not None
+        ]
     kept = ramstore.Stored(ram, [], [])
     if captured.mode is not RamMode.NONE:
         kept = await ramstore.stored(
@@ -208,6 +219,26 @@ async def _nvram(disk: Disk, path: Path) -> None:
     await asyncio.to_thread(private.folders, path.parent)
     top = disk.chain[0]
     await qemu_img.convert(Path(top.path), top.format, path, "raw")
+
+
+def _nvram_name(disk: Disk) -> str:
+    return f"nvram/{disk.label}.raw"
+
+
+def _sealed_nvram(
+    roots: Roots, folder: Path, disk: Disk, place: tuple[str, str], secret: Secret
+) -> FileEntry:
+    """As `_nvram` and `_entry` do, of an image that is encrypted: never in the clear."""
+    vm, name = place[0], _nvram_name(disk)
+    chain = [*disk.chain]
+    if disk.parent is not None:
+        there = points.read(roots.local, vm)
+        chain += there.images(there.by_name[disk.parent], disk.label)
+    with opened_chain(vm, chain, None, roots.secrets) as image:
+        (content,) = image.read([(0, image.virtual_size)])
+    encrypted = box.sealed_bytes(bytes(content), secret, Role(*place, name))
+    _small(folder / name, encrypted)
+    return FileEntry(name=name, bytes=len(encrypted), blake3=files.digest_bytes(encrypted))
 
 
 def _small(path: Path, content: bytes) -> None:

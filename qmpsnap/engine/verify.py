@@ -62,6 +62,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     copy is a full then. *signature*: who vouches for it; None where there is no manifest.
     *encryption*: the ID of the key that the store half is encrypted with; where it is not
     *decrypted*, as that key is not here, files are known to be as they were stored, and no more.
+    *disk_keys*: the IDs of the keys that its copies of disks are encrypted with, and those that
+    they stand on; of the keys in *missing_keys* the same is so.
     """
 
     id: str
@@ -73,6 +75,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     signature: Signed | None = None
     encryption: str | None = None
     decrypted: bool = False
+    disk_keys: list[str] = []
+    missing_keys: list[str] = []
 
     @property
     def untrusted(self) -> bool:
@@ -113,6 +117,7 @@ async def verify(
 
     findings: list[Finding] = []
     pair: Pair | None = None
+    disk_keys: list[str] = []
     try:
         pair = await open_pair(roots, entry)
     except Untrusted as refused:
@@ -125,7 +130,8 @@ async def verify(
             trial = await asyncio.to_thread(boot.settled, pair, trial)
         findings += await _of_the_pair(pair, report)
     if entry.local:
-        findings += await chains.check(roots.local, vm, entry.id, tell)
+        findings += await chains.check(roots.local, vm, entry.id, tell, roots.secrets)
+        disk_keys = await chains.keys_of(roots.local, vm, entry.id)
     seen = None
     if pair is not None and trial is not None:
         try:
@@ -147,7 +153,13 @@ async def verify(
         signature=entry.signature,
         encryption=entry.encryption,
         decrypted=await _decrypted(roots, entry),
+        disk_keys=disk_keys,
+        missing_keys=await asyncio.to_thread(_missing, roots, disk_keys),
     )
+
+
+def _missing(roots: Roots, keys: list[str]) -> list[str]:
+    return [key for key in keys if not roots.secrets.has(key)]
 
 
 async def _decrypted(roots: Roots, entry: Entry) -> bool:

@@ -31,10 +31,11 @@ class Quiesce(StrEnum):
 
 
 class Encrypt(StrEnum):
-    """Which files of a snapshot are encrypted: none, or those of the store half."""
+    """What of a snapshot is encrypted: nothing, the store half, or copies of disks, too."""
 
     NONE = "none"
     STORE = "store"
+    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)

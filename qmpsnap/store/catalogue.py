@@ -23,7 +23,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     *why* explains every state but `paired`. *local* and *spool* say that the folders are there;
     *protected* that `prune` and `delete` leave it alone. *untrusted* is what would be whole, and no
     key vouches for that is trusted here. *signature* is None where there is no manifest.
-    *encryption*: the ID of the key that the store half is encrypted with, None if it is not.
+    *encryption*: the ID of the key that the store half is encrypted with, None if it is not;
+    *disk_keys*: those of the copies of disks, as they were taken.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     protected: bool = False
     signature: Signed | None = None
     encryption: str | None = None
+    disk_keys: list[str] = []
 
 
 def join(local: Iterable[LocalFacts], store: Listing | None, *, host: str) -> list[Entry]:
@@ -91,6 +93,7 @@ def _entry(
         protected=local is not None and local.protected,
         signature=signed,
         encryption=told.key if told else None,
+        disk_keys=storage.keys if storage else [],
     )
 
 

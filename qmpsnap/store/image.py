@@ -13,10 +13,10 @@ from qmpsnap.store.manifest import Image
 _HEADER = 64 << 10
 
 
-def examine_image(path: Path, format: str, virtual_size: int) -> Image:
+def examine_image(path: Path, format: str, virtual_size: int, *, key: str | None = None) -> Image:
     """The file (or block device) *path* as it is now; *virtual_size* in bytes is what QEMU says.
 
-    Raises LocalFailed.
+    *key*: the ID of the key that it is encrypted with. Raises LocalFailed.
     """
     with told(path, LocalFailed):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -39,6 +39,7 @@ def examine_image(path: Path, format: str, virtual_size: int) -> Image:
         inode=0 if block else status.st_ino,
         mtime_ns=0 if block else status.st_mtime_ns,
         header_blake3=digest_bytes(header),
+        key=key,
     )
 
 
@@ -52,7 +53,7 @@ def changed(image: Image) -> str | None:
     with told(path, LocalFailed):
         if not path.exists():
             return f"{path} is missing"
-    now = examine_image(path, image.format, image.virtual_size_bytes)
+    now = examine_image(path, image.format, image.virtual_size_bytes, key=image.key)
     if now.file_bytes != image.file_bytes:
         return f"{path} had {image.file_bytes} bytes, and has {now.file_bytes}"
     if now.inode != image.inode:

@@ -13,16 +13,15 @@ import os
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qmpsnap.errors import LocalFailed
+from qmpsnap.store.clusters import CLUSTER, CLUSTER_BITS, Read, batches, clusters, whole
 from qmpsnap.store.copying import data_runs
 from qmpsnap.store.files import Progress, partial
 from qmpsnap.store.sink import Sink, Terms, expect_room
 
-CLUSTER_BITS = 16
-CLUSTER = 1 << CLUSTER_BITS
 _TABLE = CLUSTER // 8  # entries of an L2 table, and of a cluster of the other tables
 _REFCOUNT_ORDER = 4  # 16 bits each
 _REFCOUNTS = CLUSTER * 8 >> _REFCOUNT_ORDER  # a block of them
@@ -36,15 +35,12 @@ _BACKING_FORMAT = 0xE2792ACA
 _LONGEST_NAME = 1023
 _L1_MOST = 32 << 20  # bytes: QEMU opens no larger table
 
-Read = Callable[[Sequence[tuple[int, int]]], Sequence[bytes | bytearray]]
-"""Given offsets and lengths in bytes, what the disk holds there: exactly so many bytes each."""
-
 
 def write(
     dst: Path,
     *,
     virtual_size: int,
-    backing: str,
+    backing: str | None,
     backing_format: str,
     extents: Sequence[tuple[int, int]],
     read: Read,
@@ -57,8 +53,9 @@ def write(
 
     Blocks. *extents*, offsets and lengths in bytes in any order, are rounded out to clusters and
     cut off at *virtual_size*; the content comes from *read*, a few MiB at a time, in rising order.
-    *backing* is written as it is: relative to *dst*'s folder, or absolute. The file is whole, mode
-    0600, durable; *limit*, *reserve*, *cancelled* and *on_progress* are those of `copying.copy`.
+    *backing* is written as it is: relative to *dst*'s folder, or absolute; None: elsewhere the disk
+    is zeros. The file is whole, mode 0600, durable; *limit*, *reserve*, *cancelled* and
+    *on_progress* are those of `copying.copy`.
 
     Raises LocalFailed, which names the file, also when *dst* exists; Cancelled; what *read* raises
     (an OSError as LocalFailed). No *dst* is left behind then.
@@ -74,22 +71,17 @@ def write(
         what = f"writing {dst.name}"
         with Sink(descriptor, dst, terms, total=data * CLUSTER, what=what) as sink:
             sink.look(0)
-            _Writer(sink, head).fill(runs, _reader(dst, read, virtual_size))
+            _Writer(sink, head).fill(runs, whole(dst, read, virtual_size))
         return sink.written
 
 
-def clusters(extents: Sequence[tuple[int, int]], virtual_size: int) -> list[tuple[int, int]]:
-    """The first and the past-the-last cluster of each longest run that *extents* touch."""
-    runs: list[tuple[int, int]] = []
-    for offset, length in sorted(extents):
-        start, end = offset // CLUSTER, -(-min(offset + length, virtual_size) // CLUSTER)
-        if length <= 0 or offset >= virtual_size:
-            continue
-        if runs and start <= runs[-1][1]:
-            runs[-1] = runs[-1][0], max(runs[-1][1], end)
-        else:
-            runs.append((start, end))
-    return runs
+def at_most(extents: Sequence[tuple[int, int]], virtual_size: int) -> int:
+    """The bytes that `write` takes for *extents* if none of their clusters reads as zeros."""
+    return _at_most(clusters(extents, virtual_size), _l1_entries(virtual_size))
+
+
+def _l1_entries(virtual_size: int) -> int:
+    return max(1, -(-virtual_size // (_TABLE * CLUSTER)))
 
 
 def _at_most(runs: list[tuple[int, int]], l1_entries: int) -> int:
@@ -113,49 +105,34 @@ def _refcount_clusters(used: int) -> tuple[int, int]:
     return blocks, table
 
 
-def _reader(dst: Path, read: Read, virtual_size: int) -> Read:
-    """*read*, of whole clusters also at an end that is none."""
-
-    def whole(pieces: Sequence[tuple[int, int]]) -> Sequence[bytes | bytearray]:
-        there = [(at, min(length, virtual_size - at)) for at, length in pieces]
-        try:
-            found = read(there)
-        except OSError as failed:
-            raise LocalFailed(f"{dst}: the disk cannot be read: {failed.strerror}") from failed
-        for (at, length), content in zip(there, found, strict=True):
-            if len(content) != length:
-                raise LocalFailed(f"{dst}: {len(content)} bytes came for {length} at {at}")
-        at, length = pieces[-1]
-        return [*found[:-1], found[-1] + bytes(length - len(found[-1]))]
-
-    return whole
-
-
 class _Head:
     """The first cluster, as far as it is known from the start."""
 
-    def __init__(self, dst: Path, virtual_size: int, backing: str, backing_format: str) -> None:
-        self.l1_entries = max(1, -(-virtual_size // (_TABLE * CLUSTER)))
+    def __init__(
+        self, dst: Path, virtual_size: int, backing: str | None, backing_format: str
+    ) -> None:
+        self.l1_entries = _l1_entries(virtual_size)
         if self.l1_entries * 8 > _L1_MOST:
             raise LocalFailed(f"{dst}: a qcow2 of 64 KiB clusters holds no {virtual_size} bytes")
+        self._name, self._extensions = b"", _EXTENSION.pack(0, 0)
+        if backing is not None:
+            self._stand_on(dst, backing, backing_format.encode())
+        self._size = -(-virtual_size // _SECTOR) * _SECTOR  # QEMU counts a disk in sectors
+
+    def _stand_on(self, dst: Path, backing: str, format: bytes) -> None:
         self._name = os.fsencode(backing)
         if not 0 < len(self._name) <= _LONGEST_NAME:
             raise LocalFailed(f"{dst}: the backing file's name has {len(self._name)} bytes")
         if ":" in backing.partition("/")[0]:  # QEMU would take it for a protocol
             raise LocalFailed(f"{dst}: the backing file's name needs a ./ in front: {backing}")
-        format = backing_format.encode()
-        self._extensions = (
-            _EXTENSION.pack(_BACKING_FORMAT, len(format))
-            + format.ljust(-(-len(format) // 8) * 8, b"\0")
-            + _EXTENSION.pack(0, 0)
-        )
-        self._size = -(-virtual_size // _SECTOR) * _SECTOR  # QEMU counts a disk in sectors
+        named = _EXTENSION.pack(_BACKING_FORMAT, len(format))
+        self._extensions = named + format.ljust(-(-len(format) // 8) * 8, b"\0") + self._extensions
 
     def packed(self, l1: int, refcounts: int, refcount_clusters: int) -> bytes:
         """The cluster, with the offsets of the two tables."""
         fixed = _HEADER.pack(
             *(b"QFI\xfb", 3),
-            *(_HEADER.size + len(self._extensions), len(self._name)),
+            *(_HEADER.size + len(self._extensions) if self._name else 0, len(self._name)),
             *(CLUSTER_BITS, self._size),
             *(0, self.l1_entries, l1),  # 0: not encrypted
             *(refcounts, refcount_clusters),
@@ -179,7 +156,7 @@ class _Writer:
 
     def fill(self, runs: list[tuple[int, int]], read: Read) -> None:
         """Data, tables and header, the header last."""
-        for batch in self._batches(runs):
+        for batch in batches(runs, self._sink.step // CLUSTER, _TABLE):
             pieces = [(at * CLUSTER, count * CLUSTER) for at, count in batch]
             for (at, count), content in zip(batch, read(pieces), strict=True):
                 if at // _TABLE != self._l2_index:
@@ -199,23 +176,6 @@ class _Writer:
         table = self._append(_big_endian(offsets))
         assert self._next == used
         self._sink.pwrite(self._head.packed(l1, table, table_clusters), 0)
-
-    def _batches(self, runs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """The runs, cut where an L2 table ends, as many at a time as make a step."""
-        most = self._sink.step // CLUSTER
-        batch: list[tuple[int, int]] = []
-        room = most
-        for start, end in runs:
-            at = start
-            while at < end:
-                count = min(room, end - at, _TABLE - at % _TABLE)
-                batch.append((at, count))
-                at, room = at + count, room - count
-                if not room:
-                    yield batch
-                    batch, room = [], most
-        if batch:
-            yield batch
 
     def _put(self, cluster: int, content: bytes | bytearray) -> None:
         """The guest's clusters from *cluster* on: data where there is a one in them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qmpsnap.ids import is_snapshot_id, is_vm_name
-from qmpsnap.store.head import readable, version_of
+from qmpsnap.store import head
+from qmpsnap.store.head import readable
 from qmpsnap.store.layout import MANIFEST, PARTIAL, SHARED, SIGNATURE
 from qmpsnap.store.signature import KeyId
 
@@ -26,6 +27,10 @@ RAM_STORED_ONCE = 2
 """The version of a manifest whose RAM lies in packs; without, it is 1, which older readers know."""
 ENCRYPTED = 3
 """The version of one whose files are encrypted."""
+SEALED = "sealed"
+"""The format of an image that is encrypted (`store.sealed`), and the end of its name."""
+SEALED_DISKS = 2
+"""The version of a local half, and of its merges, that has such images."""
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -103,7 +108,10 @@ class Pack(Struct, frozen=True, kw_only=True):
 
 
 class Image(Struct, frozen=True, kw_only=True):
-    """An image file as it was when it was frozen; *header_blake3* is of its first 64 KiB."""
+    """An image file as it was when it was frozen; *header_blake3* is of its first 64 KiB.
+
+    *key*: the ID of the key that it is encrypted with, None if it is not; its format is `sealed`.
+    """
 
     path: str
     format: str
@@ -113,6 +121,11 @@ class Image(Struct, frozen=True, kw_only=True):
     inode: int
     mtime_ns: int
     header_blake3: Digest
+    key: KeyId | None = None
+
+    def __post_init__(self) -> None:
+        if (self.format == SEALED) != (self.key is not None):
+            raise ValueError(f"what is {SEALED} has a key, and nothing else has")
 
 
 Means = Literal["frozen", "reflink", "copy", "convert", "increment"]
@@ -172,7 +185,7 @@ class Storage(Struct, frozen=True, kw_only=True):
     """
 
     format: Literal["qmpsnap-storage"] = "qmpsnap-storage"
-    version: Version = 1
+    version: Annotated[int, Meta(ge=1, le=SEALED_DISKS)] = 1
     id: str
     vm: str
     host: str
@@ -190,6 +203,13 @@ class Storage(Struct, frozen=True, kw_only=True):
             raise ValueError("a revision has an ID of its own, and revision 0 has none")
         if self.revision_id is not None:
             _check_names(None, self.revision_id)
+        _check_sealed(self.version, (one for disk in self.disks for one in disk.chain))
+
+    @property
+    def keys(self) -> list[str]:
+        """The IDs of the keys that images of its own are encrypted with, each once."""
+        found = (one.key for disk in self.disks for one in disk.chain)
+        return list(dict.fromkeys(key for key in found if key is not None))
 
     @property
     def point(self) -> str:
@@ -216,12 +236,13 @@ class Merged(Struct, frozen=True, kw_only=True):
     """
 
     format: Literal["qmpsnap-merged"] = "qmpsnap-merged"
-    version: Version = 1
+    version: Annotated[int, Meta(ge=1, le=SEALED_DISKS)] = 1
     point: str
     disks: dict[str, Replacement]
 
     def __post_init__(self) -> None:
         _check_point(self.point)
+        _check_sealed(self.version, (one.image for one in self.disks.values()))
         for label in self.disks:
             _check_label(label)
 
@@ -390,11 +411,11 @@ class Paired(Struct, frozen=True, kw_only=True):
 
 
 KINDS: Mapping[str, tuple[type[Struct], int]] = {
-    "qmpsnap-storage": (Storage, 1),
+    "qmpsnap-storage": (Storage, SEALED_DISKS),
     "qmpsnap-identity": (Identity, 1),
     "qmpsnap-manifest": (Manifest, ENCRYPTED),
     "qmpsnap-paired": (Paired, 1),
-    "qmpsnap-merged": (Merged, 1),
+    "qmpsnap-merged": (Merged, SEALED_DISKS),
     "qmpsnap-digests": (Digests, 1),
 }
 T = TypeVar("T", bound=Struct)
@@ -413,7 +434,7 @@ def encode(value: Storage | Identity | Manifest | Paired | Merged | Digests) -> 
 def decode(content: bytes, kind: type[T], path: Path) -> T:
     """The value that the file *path* holds. Raises ManifestError, naming *path* and `$.key`."""
     wanted, newest = next((word, new) for word, (one, new) in KINDS.items() if one is kind)
-    version_of(content, wanted, newest, path)
+    head.version_of(content, wanted, newest, path)
     with readable(content, path):
         return msgspec.json.decode(content, type=kind)
 
@@ -429,6 +450,17 @@ def _check_names(vm: str | None, id: str | None = None) -> None:
         raise ValueError(f"not a name for a VM: {vm!r}")
     if id is not None and not is_snapshot_id(id):
         raise ValueError(f"not a snapshot id: {id!r}")
+
+
+def _check_sealed(version: int, images: Iterable[Image]) -> None:
+    """Who knows version 1 only would take what is encrypted for an image of QEMU's."""
+    if any(image.key is not None for image in images) != (version == SEALED_DISKS):
+        raise ValueError(f"with encrypted disks it is version {SEALED_DISKS}, and only then")
+
+
+def version_of(images: Iterable[Image]) -> int:
+    """The version of a local half, or of merges, with these *images*."""
+    return SEALED_DISKS if any(image.key is not None for image in images) else 1
 
 
 def _check_label(text: str) -> None:

@@ -38,8 +38,8 @@ encrypt = "store"
             await program.ok("create", "web", *LONG, *own, "--encrypt", "none", "--json")
         ).record
         assert plain["encryption"] is None
-        ran = await program.run("create", "web", *LONG, *own, "--encrypt", "all")
-        assert (ran.code, "not one of none, store" in ran.err) == (2, True)
+        ran = await program.run("create", "web", *LONG, *own, "--encrypt", "some")
+        assert (ran.code, "not one of none, store, all" in ran.err) == (2, True)
     known = (await program.ok("keys", "show", *own, "--json")).records
     assert [shaped("keys-show", one)["role"] for one in known] == ["signs", "encrypts"]
     key = known[1]["key"]
@@ -115,3 +115,61 @@ encrypt = "store"
     await program.ok("verify", "web", "--all", *own)
     ran = await program.run("keys", "forget", key, *own)
     assert ran.code == 3
+
+
+@pytest.mark.timeout(300)
+async def test_copies_of_disks_too(program: Program, qemu72: Path) -> None:
+    config = program.dir / "qmpsnap.toml"
+    config.write_text(f'''local = "{program.local}"
+store = "{program.store}"
+allow_local_store = true
+ram_images = 0
+encrypt = "all"
+
+[vm.web]
+socket = "{program.dir}/qmp"
+''')
+    own = ["--config", config]
+    words = ["create", "web", "--ram", "none", *LONG, *own]
+    async with powered(program, qemu72):
+        made = shaped("create", (await program.ok(*words, "--compress", "--json")).record)
+        key = made["encryption"]
+        assert {one["encryption"] for one in made["disks"].values()} == {key}
+        dry = (await program.ok(*words, "--dry-run", "--json")).record
+        disks = shaped("create-dry-run", dry)["disks"]
+        assert {(one["level"], one["encrypted"]) for one in disks} == {("inc", True)}
+        ran = await program.run(*words, "--level", "inc", "--encrypt", "store")
+        assert (ran.code, "is encrypted, and this one is not to be" in ran.err) == (3, True)
+        known = (await program.ok("info", "web", *own, "--json")).record
+        assert {one["level"] for one in shaped("info", known)["disks"]} == {"inc"}
+        ran = await program.ok("refresh", "web", "--max-pause", "20s", *own)
+        assert f"with the key {key}" in ran.out
+    entry = (await program.ok("list", "web", *own, "--json")).record
+    assert (shaped("list", entry)["encryption"], entry["disk_keys"]) == (key, [key])
+    assert f"disks encrypted ({key})" in (await program.ok("list", "web", *own)).out
+    assert f"encrypted with the key {key}" in (await program.ok("show", "web", *own)).out
+    checked = shaped("verify", (await program.ok("verify", "web", *own, "--json")).record)
+    assert (checked["disk_keys"], checked["missing_keys"]) == ([key], [])
+    assert (
+        f"disks are encrypted with the key {key}" in (await program.ok("verify", "web", *own)).out
+    )
+
+    file = program.dir / "vd0.qcow2"
+    ran = await program.run("export", "web", "latest", "vd0", *own, "--json")
+    assert (ran.code, ran.error["code"]) == (3, "blocked")
+    assert "export --to FILE" in ran.error["hint"]
+    ran = await program.run(
+        "export", "web", "latest", "vd0", "--to", file, "--socket-path", "x", *own
+    )
+    assert (ran.code, "nothing is served" in ran.err) == (2, True)
+    told = (await program.ok("export", "web", "latest", "vd0", "--to", file, *own, "--json")).record
+    assert (shaped("export-to", told)["image"], told["revision"]) == (str(file), 1)
+    ran = await program.run("export", "web", "latest", "vd0", "--to", file, *own)
+    assert (ran.code, "is there already" in ran.err) == (2, True)
+
+    (program.local / ".keys/encryption.json").rename(program.dir / "away")
+    ran = await program.run("export", "web", "latest", "vd0", "--to", f"{file}.2", *own, "--json")
+    assert (ran.code, ran.error["code"]) == (3, "key-missing")
+    assert key in ran.error["message"]
+    told = (await program.ok("verify", "web", *own)).out
+    assert f"{key} is not here: those were not decrypted" in told

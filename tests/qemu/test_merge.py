@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -312,6 +313,24 @@ async def test_a_deletion_that_was_cut_off_is_ended(series: Series) -> None:
     assert got == {names[0]: "keep", names[2]: "keep"}
     assert [one.id for one in pending(series.root.journal(VM))] == [names[0]]
     await series.expect(names[0], names[2])
+
+
+async def test_the_removal_of_a_merged_point_that_was_cut_off_is_ended(series: Series) -> None:
+    names = series.chain(3)
+    await pruned(series, Policy(last=2))
+    assert (series.root.point(VM, names[1]) / MERGED).exists()
+    folder = series.root.point(VM, names[1])
+    await pruned(series, merging=True)
+    assert not folder.exists()
+    # as after a crash in the middle of it: what was deleted is in no order
+    folder.mkdir()
+    shutil.copy(series.root.storage(VM, names[2]), folder / KEPT)
+    text = (folder / KEPT).read_text().replace(names[2], names[1])
+    (folder / KEPT).write_text(text)
+    merged = (series.root.point(VM, names[2]) / MERGED).read_text()
+    (folder / MERGED).write_text(merged.replace(names[2], names[1]))
+    assert await pruned(series) == {names[1]: "remove", names[2]: "keep"}
+    assert not folder.exists()
 
 
 # A process that ends at once before its n-th step that others could see; it tells how many it made.

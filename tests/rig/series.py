@@ -16,29 +16,33 @@ from qmpsnap import Engine, Machine
 from qmpsnap.engine import chains
 from qmpsnap.engine.roots import host_id
 from qmpsnap.ids import SnapshotId
-from qmpsnap.store import digests, increment, local, points
+from qmpsnap.store import digests, increment, local, points, sealed
 from qmpsnap.store.image import examine_image
 from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import SIGNATURE, LocalRoot, StoreRoot
-from qmpsnap.store.manifest import Disk, FileEntry, Storage, encode
+from qmpsnap.store.manifest import Disk, FileEntry, Storage, encode, version_of
+from qmpsnap.store.sealedimages import opened_chain, role
 from tests.rig.halves import manifest, paired
 
 VM = "web"
 CLUSTER = 65536
 CLUSTERS = 24
 SIZE = CLUSTERS * CLUSTER
-Format = Literal["qcow2", "raw"]
+Format = Literal["qcow2", "raw", "sealed"]
 
 
 @dataclass
 class Series:
     """Points of the VM `web` under *dir* and *store*; *model*: what each disk of a point reads as.
 
-    One point an hour, the first one long ago.
+    One point an hour, the first one long ago. *encrypted*: images that are written from now on are,
+    and *compressed*, too.
     """
 
     dir: Path
     store: Path
+    encrypted: bool = False
+    compressed: bool = False
     model: dict[tuple[str, str], bytes] = field(default_factory=dict)
     chance: random.Random = field(default_factory=lambda: random.Random(7))
     _taken: datetime = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -88,6 +92,7 @@ class Series:
             level="overlay" if overlay else "inc" if any(on.values()) else "full",
             disks=disks,
             left_out=[],
+            version=version_of(image for disk in disks for image in disk.chain),
         )
         digest = local.seal(self.root, VM, storage)
         if not overlay:
@@ -104,9 +109,12 @@ class Series:
         return names
 
     def read(self, name: str, label: str = "vda") -> bytes:
-        """What the disk reads as at a point, with qemu-img alone."""
+        """What the disk reads as at a point, with qemu-img alone if it is not encrypted."""
         there = points.read(self.root, VM)
-        top = there.images(there.by_name[name], label)[0]
+        top, *beneath = there.images(there.by_name[name], label)
+        if top.key is not None:
+            with opened_chain(VM, [top, *beneath], None, self.engine.secrets) as chain:
+                return bytes(chain.read([(0, SIZE)])[0])
         raw = self.dir / "read.raw"
         subprocess.run(
             ["qemu-img", "convert", "-f", top.format, "-O", "raw", top.path, raw], check=True
@@ -122,7 +130,9 @@ class Series:
             for disk in there.by_name[name].storage.disks:
                 assert self.read(name, disk.label) == self.model[name, disk.label], name
             if sound:
-                found = await chains.check(self.root, VM, name.split("/")[0], lambda *_: None)
+                found = await chains.check(
+                    self.root, VM, name.split("/")[0], lambda *_: None, self.engine.secrets
+                )
                 assert found == []
 
     def _disk(
@@ -137,7 +147,25 @@ class Series:
             new = (bytes(size), self.chance.randbytes(size), old)[number % 3]
             before[cluster * CLUSTER : cluster * CLUSTER + size] = new
         content = self.model[name, label] = bytes(before)
-        if parent is None:
+        key = None
+        if self.encrypted:
+            secret, format = self.engine.secrets.current(), "sealed"
+            path, key = self.root.image(VM, name, label, format), secret.key
+            sealed.write(
+                path,
+                secret=secret,
+                role=role(VM, path),
+                virtual_size=SIZE,
+                on=parent or "",
+                extents=[(at * CLUSTER, CLUSTER) for at in dirty] if parent else [(0, SIZE)],
+                read=lambda pieces: [content[at : at + length] for at, length in pieces],
+                compress=self.compressed,
+                reserve=0,
+                limit=None,
+                cancelled=lambda: False,
+                on_progress=None,
+            )
+        elif parent is None:
             path = self.root.image(VM, name, label, format)
             if overlay:
                 path = self.dir / f"{label}.{format}"
@@ -175,7 +203,7 @@ class Series:
             role="disk",
             level="overlay" if overlay else "inc" if parent else "full",
             virtual_size_bytes=SIZE,
-            chain=[examine_image(path, format, SIZE)],
+            chain=[examine_image(path, format, SIZE, key=key)],
             overlay=None,
             parent=parent,
         )

@@ -344,3 +344,13 @@ def test_a_machine_whose_type_nobody_knows() -> None:
     bare = [one for one in machine().options or [] if one["option"] != "M"]
     found = rows(machine(machine_type=None, options=bare))
     assert odd(found) == {"machine type": "differs"}
+
+
+@pytest.mark.parametrize(
+    ("free", "verdict"), [(GIB - MIB, "blocks"), (GIB + MIB, "differs"), (2 * GIB, "ok")]
+)
+def test_disks_that_are_decrypted_need_room_whatever_else_is_copied(
+    free: int, verdict: str
+) -> None:
+    found = rows(here=replace(HERE, free_bytes=free, decrypted_bytes=GIB))
+    assert odd(found) == ({} if verdict == "ok" else {"disk space": verdict})

@@ -184,3 +184,49 @@ def test_a_copy_keeps_the_guest_on_the_file_system_of_its_disk(tmp_path: Path) -
     beside = scratch(_site(_node("d0"), beside=tmp_path), node, layers)
     assert beside == tmp_path / f".qmpsnap-{node}.qcow2"
     assert scratch(_site(_node("d0")), node, layers) == layers / f"{node}.qcow2"
+
+
+def _sealed(points: Points, key: str) -> Points:
+    """The same, encrypted with *key*."""
+    made = {}
+    for name, point in points.by_name.items():
+        disk = point.storage.disks[0]
+        image = msgspec.structs.replace(disk.chain[0], format="sealed", key=key)
+        disks = [msgspec.structs.replace(disk, chain=[image])]
+        storage = msgspec.structs.replace(point.storage, disks=disks, version=2)
+        made[name] = replace(point, storage=storage)
+    return Points(points.vm, made)
+
+
+def test_encrypted_stands_on_encrypted_only(points: Points) -> None:
+    site, key = _site(_node("d0", _bitmap(INC))), "ab" * 8
+    sealed = _sealed(points, key)
+    for there, wanted, told in (
+        (points, True, f"{INC} is not encrypted, and this one is to be"),
+        (sealed, False, f"{INC} is encrypted, and this one is not to be"),
+    ):
+        made = _chosen(Level.AUTO, site, there, sealed=wanted)
+        assert (made.level, made.reason, made.sealed) == (Level.FULL, told, wanted)
+        for level in (Level.INC, Level.DIFF):
+            with pytest.raises(Blocked, match=told):
+                _chosen(level, site, there, sealed=wanted)
+        made = _chosen(Level.FULL, site, there, sealed=wanted)
+        assert (made.level, made.sealed) == (Level.FULL, wanted)
+    for level in (Level.INC, Level.DIFF):
+        assert _chosen(level, site, sealed, sealed=True).sealed
+        assert not _chosen(level, site, points, sealed=False).sealed
+    # without a word it goes on as it was
+    for there, was in ((sealed, True), (points, False)):
+        made = _chosen(Level.AUTO, site, there)
+        assert (made.level, made.sealed) == (Level.INC, was)
+    assert not _chosen(Level.OVERLAY, site, sealed, sealed=True).sealed
+
+
+def test_what_cannot_be_read_here_is_stood_on_no_more(points: Points) -> None:
+    site, key = _site(_node("d0", _bitmap(INC))), "ab" * 8
+    sealed = _sealed(points, key)
+    made = _chosen(Level.AUTO, site, sealed, sealed=True, has=lambda _: False)
+    assert (made.level, made.sealed) == (Level.FULL, True)
+    assert f"with the key {key}, which is not here" in made.reason
+    with pytest.raises(Blocked, match="which is not here"):
+        _chosen(Level.INC, site, sealed, sealed=True, has=lambda _: False)

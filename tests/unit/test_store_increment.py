@@ -19,7 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmpsnap.errors import LocalFailed
-from qmpsnap.store.increment import CLUSTER, clusters, write
+from qmpsnap.store.clusters import CLUSTER, clusters
+from qmpsnap.store.increment import write
 from qmpsnap.store.sink import Cancelled
 from tests.rig.halves import names
 
@@ -290,3 +291,25 @@ def test_cancelled_paced_and_told(tmp_path):
     )  # fmt: skip
     assert time.monotonic() - begun > 0.4
     assert heard[-1] == (4 * MIB, 4 * MIB, "writing inc")
+
+
+def test_on_nothing_it_is_the_whole_disk(tmp_path: Path) -> None:
+    like = sparse(tmp_path / "like", 3 * MIB + 512)
+    with like.open("r+b") as content:
+        for at in (0, MIB + 5, 3 * MIB):
+            content.seek(at)
+            content.write(b"x" * 300)
+    write(
+        tmp_path / "whole",
+        virtual_size=3 * MIB + 512,
+        backing=None,
+        backing_format="",
+        extents=[(0, CLUSTER), (MIB, 2 * CLUSTER), (3 * MIB, 512)],
+        read=lambda pieces: [reader(like)(*piece) for piece in pieces],
+        reserve=0,
+        limit=None,
+        cancelled=lambda: False,
+        on_progress=None,
+    )
+    is_sound(tmp_path / "whole", like)
+    assert "backing" not in qemu_img("info", tmp_path / "whole")

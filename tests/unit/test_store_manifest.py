@@ -19,6 +19,7 @@ from qmpsnap.store.manifest import (
     Pack,
     Paired,
     RamImage,
+    Replacement,
     Storage,
     decode,
     encode,
@@ -170,3 +171,44 @@ def test_the_committed_schemas_are_current():
 def test_each_kind_has_its_word():
     told = {kind for kind, _ in KINDS.values()}
     assert told == {Storage, Identity, Manifest, Paired, Merged, Digests}
+
+
+def _disks(value: Storage, **image: object) -> list[dict[str, object]]:
+    """Its disks, each image changed so."""
+    found = json.loads(encode(value))["disks"]
+    return [one | {"chain": [it | image for it in one["chain"]]} for one in found]
+
+
+def test_encrypted_disks_are_of_a_version_of_their_own() -> None:
+    """Who knows version 1 only would take them for images of QEMU's."""
+    plain = WHOLE[0]
+    assert isinstance(plain, Storage)
+    assert plain.disks
+    assert (plain.version, plain.keys) == (1, [])
+    key = "ab" * 8
+    good = json.loads(encode(plain)) | {
+        "version": 2, "disks": _disks(plain, format="sealed", key=key),
+    }  # fmt: skip
+    found = decode(json.dumps(good).encode(), Storage, HERE)
+    assert found.keys == [key]
+    assert decode(encode(found), Storage, HERE) == found
+    for wrong, said in (
+        ({"version": 1}, "it is version 2"),
+        ({"disks": _disks(plain)}, "it is version 2"),
+        ({"version": 3}, "knows up to 2"),
+        ({"disks": _disks(plain, format="sealed")}, "has a key"),
+        ({"disks": _disks(plain, key=key)}, "has a key"),
+        ({"disks": _disks(plain, format="sealed", key="../" + key)}, "key"),
+    ):
+        with pytest.raises(ManifestError, match=said):
+            decode(json.dumps(good | wrong).encode(), Storage, HERE)
+    image = plain.disks[0].chain[0]
+    sealed = msgspec.structs.replace(image, format="sealed", key=key)
+    with pytest.raises(ValueError, match="version 2"):
+        Merged(point=plain.id, disks={"a": Replacement(image=sealed, instead_of=1, parent=None)})
+    merged = Merged(
+        version=2,
+        point=plain.id,
+        disks={"a": Replacement(image=sealed, instead_of=1, parent=None)},
+    )
+    assert decode(encode(merged), Merged, HERE) == merged
