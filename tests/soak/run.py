@@ -56,6 +56,8 @@ class Soak:
         self._promises = Promises(plot)
         self._lasts = collections.defaultdict(lambda: 2.5)
         self._ids: list[str] = []
+        # with each change of what its disks are copied to, a series begins anew
+        self._encrypt = dice.choice([["none", "store"], ["all"]])
 
     async def until(self, end: float, steps: int | None = None) -> None:
         """Step after step until the moment *end* (monotonic), then restore all there is."""
@@ -96,7 +98,7 @@ class Soak:
                     level = "auto"
                 ram = dice.choice(["auto", "live", "background", "paused", "none", "none"])
                 how = dice.choice(["auto", "agent", "none"])
-                encrypt = dice.choice(["none", "store"])
+                encrypt = dice.choice(self._encrypt)
                 words = ["create", VM, "--level", level, "--ram", ram, "--quiesce", how]
                 return [*words, "--encrypt", encrypt, "--max-pause", "5s"]
             case "refresh":
