@@ -92,7 +92,7 @@ class Plot:
         """Write the configuration that all verbs read."""
         (self.home / "qmpsnap.toml").write_text(
             f'local = "{self.local}"\nstore = "{self.bad.path}"\nallow_local_store = true\n'
-            f'store_timeout = "5s"\nship_retry = "3s"\n[vm.{VM}]\nsocket = "{self.home}/wire"\n'
+            f'store_timeout = "10s"\nship_retry = "3s"\n[vm.{VM}]\nsocket = "{self.home}/wire"\n'
             f'agent_socket = "{self.home}/line"\n'
         )
 
