@@ -52,6 +52,7 @@ def engine(
         [sys.executable, "-m", "tests.faults.child", json.dumps(said)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={**os.environ, **({"TMPDIR": str(sockets)} if sockets else {})},
     )
     try:
@@ -60,12 +61,18 @@ def engine(
         process.kill()
         process.wait()
         assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()
+        process.stderr.close()
 
 
 async def outcome(process: subprocess.Popen[bytes], *, within: float = 60) -> dict[str, Any]:
-    """What the engine said at its end; nothing if it was killed."""
-    said, _ = await asyncio.to_thread(process.communicate, timeout=within)
+    """What the engine said at its end; nothing if it was killed.
+
+    Nobody else has its pipes then, also not who outlives it.
+    """
+    said, aside = await asyncio.to_thread(process.communicate, timeout=within)
+    sys.stderr.write(aside.decode())
     return dict(json.loads(said or b"{}"))
 
 

@@ -87,6 +87,8 @@ async def drained(monitor: Monitor, path: Path, *, size: int) -> AsyncIterator[T
             *("-I", "-S", str(_DRAIN), str(reading), str(fd)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            # it outlives us for as long as QEMU has the pipe: who waits for our end reads to ours
+            stderr=asyncio.subprocess.DEVNULL,
             pass_fds=(reading, fd),
             start_new_session=True,
         )
