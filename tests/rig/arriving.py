@@ -43,11 +43,19 @@ def bringers(local: Path) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            links = [str(link.readlink()) for link in (process / "fd").iterdir()]
-            locked = any(f"{local}/" in one and one.endswith(".lock") for one in links)
-            if locked and b"engine.feeder" in (process / "cmdline").read_bytes():
+            if b"engine.feeder" in (process / "cmdline").read_bytes() and _holds(process, local):
                 found.append(int(process.name))
     return found
+
+
+def _holds(process: Path, local: Path) -> bool:
+    """Whether it has a lock of the root *local* open; others of its files come and go meanwhile."""
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            target = str(link.readlink())
+            if f"{local}/" in target and target.endswith(".lock"):
+                return True
+    return False
 
 
 def family(pid: int) -> list[int]:

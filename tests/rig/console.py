@@ -110,7 +110,8 @@ class Console:
         self._writer.write(line.encode())
         await self._writer.drain()
         found = await self.until(rf"(?s)^<{mark}\n(.*?)\n<{mark} (\d+)>\n", within=within)
-        output = _ALARM.sub("", _TICK.sub("", found[1]))
+        # the witness may have spoken between the mark and the line break before it
+        output = _ALARM.sub("", _TICK.sub("", found[1] + "\n"))
         return output.replace("guest# ", "").strip("\n"), int(found[2])
 
 
