@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from qmpsnap.errors import UNREADABLE, LocalFailed
-from qmpsnap.host.qemu_nbd import listens
+from qmpsnap.listening import listens
 from qmpsnap.store import files
 from qmpsnap.store.layout import LocalRoot
 

@@ -107,8 +107,9 @@ async def verify(
     A *machine* that answers is asked whether its bitmaps match the newest copies.
 
     What is wrong comes back as findings, also that nobody vouches for the store half, of which
-    nothing is read then. Raises only when it cannot be looked at: StoreError, LocalFailed, and
-    Refused for a *trial* that this host or this snapshot does not allow.
+    nothing is read then, and that the store cannot be read where something else is wrong. Raises
+    only when it cannot be looked at: StoreError, LocalFailed, and Refused for a *trial* that this
+    host or this snapshot does not allow.
     """
     entry = await listing.find(roots, vm, word)
 
@@ -118,22 +119,30 @@ async def verify(
     findings: list[Finding] = []
     pair: Pair | None = None
     disk_keys: list[str] = []
+    dead: StoreError | None = None
     try:
-        pair = await open_pair(roots, entry)
-    except Untrusted as refused:
-        findings.append(Finding(where=SIGNATURE, what=str(refused)))
-    except DamagedData as damaged:
-        findings.append(Finding(where=entry.id, what=str(damaged)))
-        findings += await _of_the_store(roots, entry)
-    else:
-        if trial is not None:
-            trial = await asyncio.to_thread(boot.settled, pair, trial)
-        findings += await _of_the_pair(pair, report)
+        try:
+            pair = await open_pair(roots, entry)
+        except Untrusted as refused:
+            findings.append(Finding(where=SIGNATURE, what=str(refused)))
+        except DamagedData as damaged:
+            findings.append(Finding(where=entry.id, what=str(damaged)))
+            findings += await _of_the_store(roots, entry)
+        else:
+            if trial is not None:
+                trial = await asyncio.to_thread(boot.settled, pair, trial)
+            findings += await _of_the_pair(pair, report)
+    except StoreError as failed:
+        dead = failed  # what is here is looked at all the same
     if entry.local:
         findings += await chains.check(roots.local, vm, entry.id, tell, roots.secrets)
         disk_keys = await chains.keys_of(roots.local, vm, entry.id)
+    if dead is not None:
+        if not findings:
+            raise dead
+        findings.append(Finding(where="store", what=f"could not be read: {dead}"))
     seen = None
-    if pair is not None and trial is not None:
+    if pair is not None and trial is not None and dead is None:
         try:
             seen = await boot.boot(pair, trial, report)
         except SnapError as failed:

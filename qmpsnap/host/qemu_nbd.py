@@ -12,11 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from socket import AF_UNIX, SOCK_STREAM
-from socket import socket as Socket
 
 from qmpsnap.child import dying_with_us
 from qmpsnap.errors import LocalFailed
+from qmpsnap.listening import listens
 from qmpsnap.shield import finish
 
 _CLIENTS = 8
@@ -197,16 +196,3 @@ def _refuse_taken(socket: Path) -> None:
         return
     except OSError as failed:
         raise LocalFailed(f"{socket}: {failed.strerror}") from failed
-
-
-def listens(path: Path) -> bool:
-    """Whether somebody listens on the socket *path*, which a server that was killed leaves."""
-    with Socket(AF_UNIX, SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return True

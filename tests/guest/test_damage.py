@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from qmpsnap import Engine, Machine
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.engine.wishes import Level, RamChoice, Wishes
-from qmpsnap.errors import BaseChanged, DamagedData, Unsigned
+from qmpsnap.errors import BaseChanged, DamagedData, StoreError, Unsigned
 from qmpsnap.store import digests
 from qmpsnap.store.layout import LocalRoot
 from tests.rig.chained import GONE, INC, KEPT, MERGED, REVISION, SIZE, Chain
@@ -211,6 +212,28 @@ async def test_no_byte_of_a_manifest_is_too_small(chain: Engine, short: Path) ->
             with harmed(path, flipped(offset)):
                 told = await found(chain)
             assert any(str(path) in one for one in told), (offset, told)
+
+
+_HANGS = """
+import time
+from qmpsnap.store import half, worker
+half.verify = lambda *_: time.sleep(600)
+worker.main()
+"""
+
+
+async def test_damage_here_is_told_though_the_store_hangs(chain: Engine, short: Path) -> None:
+    there = chain.roots.store
+    assert await found(chain) == []  # the control
+    there.command = (sys.executable, "-P", "-c", _HANGS)
+    there.within = 3.0
+    with pytest.raises(StoreError, match="no progress"):
+        await found(chain)
+    path = short / f"local/web/{INC}/vda.qcow2"
+    with harmed(path, flipped(-1)):
+        told = await found(chain)
+    assert any(str(path) in one for one in told), told
+    assert "store could not be read" in told[-1]
 
 
 def _on_another(chain: Chain) -> str:

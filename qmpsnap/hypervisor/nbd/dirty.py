@@ -19,6 +19,7 @@ from qmpsnap.errors import CommandRefused, LocalFailed, MonitorLost, QemuGone, V
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.hypervisor.nbd.client import opened
 from qmpsnap.ids import NodeName
+from qmpsnap.listening import listens
 from qmpsnap.shield import finish
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ async def broken_off(monitor: Monitor, socket: Path | None = None) -> bool:
     left = [one for one in await _exports(monitor) if one.startswith(_PREFIX)]
     for one in left:
         await _delete(monitor, one)
-    ours = bool(left) or (socket is not None and _answers(socket))
+    ours = bool(left) or (socket is not None and listens(socket))
     if ours:
         with suppress(CommandRefused):  # it was stopped already
             await monitor.execute("nbd-server-stop")
@@ -148,7 +149,7 @@ async def _paid(monitor: Monitor, socket: Path, id: str) -> None:
     try:
         await finish(settle(monitor, partial(_ended, socket=socket, id=id)), within=60)
     except (QemuGone, MonitorLost) as lost:
-        if not _answers(socket):
+        if not listens(socket):
             _remove(socket)
             return
         # its socket stays where it is: `broken_off` knows the server by it
@@ -160,7 +161,7 @@ async def _paid(monitor: Monitor, socket: Path, id: str) -> None:
 async def _ended(monitor: Monitor, *, socket: Path, id: str) -> None:
     # in this order: when QEMU has answered, a start that it may have read has been carried out
     await _delete(monitor, id)
-    if _answers(socket):
+    if listens(socket):
         with suppress(CommandRefused):  # it was stopped in between
             await monitor.execute("nbd-server-stop")
     _remove(socket)
@@ -183,7 +184,7 @@ async def _exports(monitor: Monitor) -> list[str]:
 
 def _bound(path: Path) -> Socket:
     """A socket bound to *path*, mode 0600, that does not listen yet."""
-    if _answers(path):
+    if listens(path):
         raise VmBusy(
             f"{path}: an NBD server is at work there for another engine",
             hint="try again, or `qmpsnap recover VM` when that engine is no more",
@@ -197,19 +198,6 @@ def _bound(path: Path) -> Socket:
         listener.close()
         raise LocalFailed(f"{path}: {failed.strerror or failed}") from failed
     return listener
-
-
-def _answers(path: Path) -> bool:
-    """Whether somebody listens at *path*."""
-    with Socket(AF_UNIX, SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except BlockingIOError:
-            return True  # so many connect that it has no room for us
-        except OSError:
-            return False
-    return True
 
 
 def _remove(path: Path) -> None:
