@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from qmpsnap.engine import folds, layers, recover
@@ -57,8 +56,8 @@ async def taken(
     with _private(debt.owed.sockets) as sockets:
         found = await take(monitor, made, folder, points, how, report, sockets, asked, sealing)
     await fold_back(monitor, made, debt)
-    if made.running and await runstate.retry_io(monitor):
-        log.warning("%s: QEMU had stopped the guest: its overlay met an I/O error", made.vm)
+    if made.running:
+        await _retried(monitor, made)
     await debt.note(Phase.COPIED)
     return found
 
@@ -80,17 +79,31 @@ def _private(name: str | None) -> Iterator[Path]:
 async def paid(roots: Roots, machine: Machine, made: Plan, debt: Debt) -> None:
     """The point is sealed: bitmaps that no increment needs any more go, and then the debt does.
 
-    Where QEMU is out of reach the debt stands, for `recover`: the point is whole all the same.
-    Raises LocalFailed.
+    A guest that lacked the room which we had taken meanwhile goes on. Where QEMU is out of reach
+    the debt for bitmaps stands, for `recover`: the point is whole all the same. Raises LocalFailed.
     """
-    if any(disk.copied for disk in made.disks):
-        try:
-            async with connect(machine.socket) as monitor:
-                await settle(monitor, partial(recover.sweep, roots, machine))
-        except SnapError as trouble:
+    copied = any(disk.copied for disk in made.disks)
+
+    async def settled(monitor: Monitor) -> None:
+        if copied:
+            await recover.sweep(roots, machine, monitor)
+        if made.running:
+            await _retried(monitor, made)
+
+    try:
+        async with connect(machine.socket) as monitor:
+            await settle(monitor, settled)
+    except SnapError as trouble:
+        if copied:
             log.warning("%s: old bitmaps stay for now: %s", machine.name, trouble)
             return
+        log.info("%s: was not looked at once more: %s", machine.name, trouble)
     await asyncio.to_thread(debt.entry.close)
+
+
+async def _retried(monitor: Monitor, made: Plan) -> None:
+    if await runstate.retry_io(monitor):
+        log.warning("%s: QEMU had stopped the guest: its overlay met an I/O error", made.vm)
 
 
 async def digested(roots: Roots, vm: str, report: Report) -> None:

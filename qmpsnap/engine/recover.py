@@ -39,12 +39,13 @@ from qmpsnap.hypervisor.monitor import Monitor
 from qmpsnap.hypervisor.nbd import dirty
 from qmpsnap.hypervisor.vmstate import migration, target
 from qmpsnap.store import pages, shared
-from qmpsnap.store.layout import STORAGE
+from qmpsnap.store.layout import SPOOL, STORAGE
 from qmpsnap.store.points import read as read_points
 
 log = logging.getLogger(__name__)
 CHANGES = "changes"
 """QEMU's socket in the folder for the sockets of a copy."""
+_RETRIED = "the guest was continued after an I/O error"
 
 
 class Owed(msgspec.Struct, frozen=True):
@@ -134,6 +135,8 @@ async def recover(roots: Roots, machine: Machine, monitor: Monitor) -> list[Reco
             else:
                 await sweep(roots, machine, monitor)
                 await asyncio.to_thread(shared.sweep_local, roots.local, machine.name)
+                if owed.running and await runstate.retry_io(monitor):
+                    did = [_RETRIED]
         entry.close()
         settled.append(Recovered(record.id, tuple(did) or ("nothing was left to do",)))
         log.info("recovered %s %s: %s", machine.name, record.id, "; ".join(did))
@@ -212,7 +215,7 @@ async def undo(
     if phase is Phase.HOLDING:  # later the guest runs, and who stops it then means it
         did += await _migration_ended(monitor, owed)
         if owed.running and await runstate.is_held(monitor):
-            await runstate.let_run(monitor)
+            await runstate.given_back(monitor)
             did.append("the guest was continued")
         if thaw and owed.agent:
             try:
@@ -221,18 +224,24 @@ async def undo(
                 frozen = failed
     await _set_back(monitor, owed)
     await target.forget_all(monitor)
+    point = roots.local.point(machine.name, owed.point(id))
+    # the guest may lack the room that its RAM has taken, and its own writes have to be folded
+    await asyncio.to_thread(remove, point / SPOOL)
+    continued = touched and owed.running and await runstate.retry_io(monitor)
     # what that very QEMU does not know of any more was folded, or never used
     live = touched and phase is not Phase.COPIED and not await _is_the_same(monitor, owed)
     kept = await layers.take_back(monitor, owed.laid, entry, may_be_live=live)
     did.append("overlays were taken back")
-    if phase is Phase.CAPTURED and owed.running and await runstate.retry_io(monitor):
-        did.append("the guest was continued after an I/O error")
     for path in kept:
         log.warning("%s is kept: QEMU runs without it, and the guest had written to it", path)
     did += [f"kept {path}: the guest had written to it" for path in kept]
     # the ones before them have recorded all the while
     await bitmap.remove_all(monitor, lambda name: name not in owed.bitmaps)
-    await asyncio.to_thread(remove, roots.local.point(machine.name, owed.point(id)))
+    await asyncio.to_thread(remove, point)
+    if touched and owed.running:
+        continued = await runstate.retry_io(monitor) or continued
+    if continued:
+        did.append(_RETRIED)
     await asyncio.to_thread(pages.forget, roots.local, machine.name, id)
     await asyncio.to_thread(shared.sweep_local, roots.local, machine.name)
     if frozen is not None:

@@ -18,6 +18,7 @@ KEPT = "kept.json"
 MERGED = "merged.json"
 DIGESTS = "digests.json"
 SHARED = "shared"
+SPOOL = "spool"
 LEASE = "lease"
 RAM = "ram"
 PROTECTED = "protected"
@@ -134,7 +135,7 @@ class LocalRoot(_Root):
 
     def spool(self, vm: str, id: Id) -> Path:
         """The folder of a store half that is not shipped yet."""
-        return self.snapshot(vm, id) / "spool"
+        return self.snapshot(vm, id) / SPOOL
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ QEMU's main loop, so that they would also show a QEMU that waits for the root it
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +21,7 @@ from tests.faults.bench import Bench, bench, wishes
 from tests.rig import graph
 from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import binary
-from tests.rig.room import room
+from tests.rig.room import filled, room
 
 T = TypeVar("T")
 _BOUND = 0.5  # seconds, on a machine that has other work too; 0.02 is usual
@@ -36,19 +34,6 @@ def bad(short: Path) -> Iterator[BadFs]:
     """A local root that fails when told to."""
     with badfs(short / "local", short / "aside") as it:
         yield it
-
-
-def _fill(folder: Path, *, leave: int) -> Path:
-    """Somebody else takes all but *leave* bytes of *folder*'s file system."""
-    filler = folder / "filler"
-    with filler.open("wb") as file:
-        while (size := os.statvfs(folder).f_bavail * 4096 - leave) > 0:
-            try:
-                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
-            except OSError as full:  # a copy that is under way was quicker
-                if full.errno != errno.ENOSPC:
-                    raise
-    return filler
 
 
 async def _full(it: Bench) -> None:
@@ -154,7 +139,7 @@ async def test_a_root_that_is_full_is_refused_with_both_figures(
         async with bench(qemu72, short, store) as it:
             await _full(it)
             points = set(it.points())
-            filler = _fill(it.local, leave=18 << 20)  # 16 MiB stay free, and there are 8 to copy
+            filler = filled(it.local, leave=18 << 20)  # 16 MiB stay free, and there are 8 to copy
             with pytest.raises(Blocked, match=rf"{16 << 20} to spare .* only \d+ are") as refused:
                 await it.engine().create(it.clean, wishes(RamChoice.NONE, level=Level.FULL))
             assert refused.value.exit_code == 3
@@ -176,7 +161,7 @@ async def test_a_root_that_somebody_else_fills_up_during_the_copy(
             with it.busy_guest() as took:
                 making = asyncio.create_task(it.engine().create(it.clean, slow))
                 await it.copying()
-                filler = _fill(it.local, leave=leave)
+                filler = filled(it.local, leave=leave)
                 with pytest.raises(Failed, match=str(it.local)) as failed:
                     await making
             assert failed.value.exit_code == 4
@@ -193,7 +178,7 @@ async def test_a_guest_without_room_for_its_overlay_is_not_copied(
     disks = short / "disks"
     with room(disks, _ROOT):
         async with bench(qemu72, short, store, disks=disks) as it:
-            filler = _fill(disks, leave=20 << 20)  # two disks of 16 MiB could be rewritten
+            filler = filled(disks, leave=20 << 20)  # two disks of 16 MiB could be rewritten
             with pytest.raises(Blocked, match=rf"{32 << 20} bytes have to be free") as refused:
                 await it.engine().create(it.clean, wishes(RamChoice.NONE, level=Level.FULL))
             assert str(disks) in str(refused.value)
@@ -219,7 +204,7 @@ async def test_a_guest_that_lost_the_room_for_its_overlay_runs_again_after_the_c
             making = asyncio.create_task(engine.create(Machine("vm", guest.qmp), slow))
             await _until(lambda: any(disks.glob(".qmpsnap-*")))
             await _until_so(lambda: _chain(guest), lambda chain: chain[0] != str(image))
-            filler = _fill(disks, leave=1 << 20)
+            filler = filled(disks, leave=1 << 20)
             write = "dd if=/dev/zero of=/data/0/big bs=1M count=20 conv=fsync"
             writing = asyncio.create_task(guest.console.run(write, within=60))
             await _until_so(

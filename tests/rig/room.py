@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -26,3 +27,16 @@ def room(path: Path, size: int | str) -> Iterator[Path]:
     finally:
         # lazily: after a failure somebody may still be at it, and the next test is none of theirs
         subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def filled(folder: Path, *, leave: int) -> Path:
+    """Somebody else's file, which takes all but *leave* bytes of *folder*'s file system."""
+    filler = folder / "filler"
+    with filler.open("wb") as file:
+        while (size := os.statvfs(folder).f_bavail * 4096 - leave) > 0:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+            except OSError as full:  # a copy that is under way was quicker
+                if full.errno != errno.ENOSPC:
+                    raise
+    return filler

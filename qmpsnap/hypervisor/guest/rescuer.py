@@ -75,7 +75,7 @@ def _continue(qmp: str, *, cancel: bool) -> bool:
         elif cancel or migration == "pre-switchover":
             wire.ask("migrate_cancel")
         status = wire.ask("query-status")["return"]["status"]
-        if status in {"paused", "postmigrate", "finish-migrate"}:
+        if status in {"paused", "postmigrate", "finish-migrate", "io-error"}:
             wire.ask("cont")
             status = wire.ask("query-status")["return"]["status"]
         _say(f"guest is {status}, migration was {migration}")

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
+from functools import partial
 
 import msgspec
 
@@ -76,7 +77,7 @@ class Hold:
 
         Raises GuestLeftStopped if it will not.
         """
-        await (by or let_run)(self.monitor)
+        await (by or given_back)(self.monitor)
         self.released = True
         if self._debt is not None:
             self._debt.settled = True
@@ -121,14 +122,26 @@ async def let_run(monitor: Monitor, *, within: float = 20) -> None:
 
     Raises GuestLeftStopped (QEMU refuses, or is in a state that `cont` does not leave), QemuGone.
     """
+    await _let_be(monitor, {RunState.RUNNING}, within)
+
+
+async def given_back(monitor: Monitor) -> None:
+    """As `let_run`, to a guest that we held, and that ran before.
+
+    That QEMU stops it again at a write that fails is no debt of a hold: `retry_io` is for that.
+    """
+    await _let_be(monitor, {RunState.RUNNING, RunState.IO_ERROR}, within=20)
+
+
+async def _let_be(monitor: Monitor, wanted: set[RunState], within: float) -> None:
     try:
         async with asyncio.timeout(within):
-            await settle(monitor, _continue)
+            await settle(monitor, partial(_continue, wanted=wanted))
     except TimeoutError as late:
         raise GuestLeftStopped(f"not running again after {within:g} s") from late
 
 
-async def _continue(monitor: Monitor) -> None:
+async def _continue(monitor: Monitor, *, wanted: set[RunState]) -> None:
     refusal = ""
     with monitor.listen("RESUME", "MIGRATION") as events:
         for turn in itertools.count():
@@ -142,7 +155,7 @@ async def _continue(monitor: Monitor) -> None:
                     continue
                 await _unhold(monitor)
             state = await query(monitor)
-            if state is RunState.RUNNING:
+            if state in wanted:
                 return
             if state not in _CONTINUABLE:
                 raise GuestLeftStopped(f"the guest is {state}; {refusal}")

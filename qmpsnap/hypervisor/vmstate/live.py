@@ -78,7 +78,7 @@ async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
         except BaseException:
             await finish(_settled(owed, give_back(monitor)), within=60)
             raise
-        await finish(_settled(owed, runstate.let_run(monitor)), within=30)
+        await finish(_settled(owed, runstate.given_back(monitor)), within=30)
         await session.thaw()
 
 

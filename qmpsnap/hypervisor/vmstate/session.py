@@ -113,8 +113,8 @@ async def give_back(monitor: Monitor) -> None:
         async with asyncio.timeout(_CALL_OFF_WITHIN):
             await settle(monitor, migration.call_off)
     except TimeoutError as late:
-        await runstate.let_run(monitor)
+        await runstate.given_back(monitor)
         raise GuestLeftStopped(
             f"QEMU did not give its migration up within {_CALL_OFF_WITHIN:g} s"
         ) from late
-    await runstate.let_run(monitor)
+    await runstate.given_back(monitor)

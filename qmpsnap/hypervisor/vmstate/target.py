@@ -47,17 +47,21 @@ async def direct(monitor: Monitor, path: Path, *, file_uri: bool) -> AsyncIterat
     fd = _create(path)
     set_id: int | None = None
     try:
-        await monitor.send_fd(fd)
-        if file_uri:
-            set_id = (await monitor.query("add-fd", _Set, {"opaque": _OPAQUE})).fdset_id
-            yield Target(f"file:/dev/fdset/{set_id}")
-        else:  # 7.2 has no file: URI; 11 takes no regular file as fd:
-            await monitor.execute("getfd", {"fdname": _FDNAME})
-            yield Target(f"fd:{_FDNAME}")
-        await _in_thread_synced(fd, path)
-    except MigrationFailed as failed:
-        if full := _full(fd):
-            raise LocalFailed(f"{path}: {full}; {failed}") from failed
+        try:
+            await monitor.send_fd(fd)
+            if file_uri:
+                set_id = (await monitor.query("add-fd", _Set, {"opaque": _OPAQUE})).fdset_id
+                yield Target(f"file:/dev/fdset/{set_id}")
+            else:  # 7.2 has no file: URI; 11 takes no regular file as fd:
+                await monitor.execute("getfd", {"fdname": _FDNAME})
+                yield Target(f"fd:{_FDNAME}")
+            await _in_thread_synced(fd, path)
+        except MigrationFailed as failed:
+            if full := _full(fd):
+                raise LocalFailed(f"{path}: {full}; {failed}") from failed
+            raise
+    except BaseException:
+        await finish(asyncio.to_thread(_emptied, fd), within=10)
         raise
     finally:
         try:
@@ -79,6 +83,7 @@ async def drained(monitor: Monitor, path: Path, *, size: int) -> AsyncIterator[T
         try:
             await asyncio.to_thread(os.posix_fallocate, fd, 0, size)
         except OSError as full:
+            await finish(asyncio.to_thread(_emptied, fd), within=10)
             raise LocalFailed(
                 f"{path}: no room for the guest's RAM ({size >> 20} MiB): {full.strerror}"
             ) from full
@@ -141,6 +146,12 @@ def _full(fd: int) -> str:
     except OSError as full:
         return os.strerror(full.errno or 0)
     return ""
+
+
+def _emptied(fd: int) -> None:
+    """Give back the room of what is no use any more: the guest may write to that file system."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
 
 
 async def _in_thread_synced(fd: int, path: Path) -> None:
