@@ -36,12 +36,12 @@ class Promises:
         self.held = 0.0
         """The longest time in seconds that a guest was found not to run after a step."""
 
-    async def the_guest_runs(self) -> None:
+    async def the_guest_runs(self, after: str = "") -> None:
         """Within the watchdog's deadline, by a monitor that the engine knows nothing of."""
         began = time.monotonic()
         while (state := await status(self._plot.guest.qemu.witness)) != "running":
             if time.monotonic() - began > _FREE:
-                raise Broken(f"the guest is {state} for more than {_FREE:g} s")
+                raise Broken(f"the guest is {state} for more than {_FREE:g} s; {after}")
             await asyncio.sleep(0.05)
         self.held = max(self.held, time.monotonic() - began)
 

@@ -137,7 +137,7 @@ class Soak:
             else:
                 ran, allowed, gone, tops = await self._struck(name, words)
             if not gone:
-                await self._promises.the_guest_runs()
+                await self._promises.the_guest_runs(f"{name}: {ran.told}")
                 tally.heard(name, heart.silence(began, heart.mark()))
         tally.codes[str(ran.code)] += 1
         if self._verbose:
