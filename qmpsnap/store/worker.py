@@ -20,7 +20,7 @@ import msgspec
 
 from qmpsnap.errors import UNREADABLE, LeaseLost, LocalFailed, SnapError, StoreError, StoreRefused
 from qmpsnap.host.filesystem import Filesystem, examine
-from qmpsnap.store import half, lease, naming, secretring, wire
+from qmpsnap.store import half, lease, naming, removal, secretring, shipping, wire
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.packcheck import Checked
@@ -76,7 +76,7 @@ def answer_to(request: wire.AnyRequest) -> Any:
         case wire.Ship():
             _same_device(root, request.device)
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.ship(root, request, progress, guard, keys)
+                return shipping.ship(root, request, progress, guard, keys)
         case wire.Verify():
             return half.verify(root, request, _progress, _checked, keys)
         case wire.Glance():
@@ -89,13 +89,13 @@ def answer_to(request: wire.AnyRequest) -> Any:
             return half.fetch(root, request, _progress, keys)
         case wire.Remove():
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.remove(root, request, progress, guard, keys)
+                return removal.remove(root, request, progress, guard, keys)
         case wire.Sign():
             with _owned(root, request.vm, request.lease) as (_, guard):
-                return half.sign(root, request, guard)
+                return shipping.sign(root, request, guard)
         case wire.Sweep():
             with _owned(root, request.vm, request.lease) as (progress, guard):
-                return half.sweep(root, request.vm, progress, request.waiting, guard, keys)
+                return removal.sweep(root, request.vm, progress, request.waiting, guard, keys)
         case wire.Fill():
             return half.fill(root, request, _progress, _sources, keys)
         case wire.Packs():

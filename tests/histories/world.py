@@ -23,7 +23,7 @@ from qmpsnap.engine.machine import Machine
 from qmpsnap.engine.restore import Restoration
 from qmpsnap.errors import Blocked, SnapError, StoreError
 from qmpsnap.host import journal
-from qmpsnap.store import half, wire, worker
+from qmpsnap.store import half, shipping, wire, worker
 from qmpsnap.store.files import Progress, told
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.points import read as read_points
@@ -69,7 +69,7 @@ class Near(Store):
                 case wire.Catalogue(vm=vm):
                     return half.catalogue(root, vm, _quiet)
                 case wire.Ship():
-                    return half.ship(root, request, _quiet)
+                    return shipping.ship(root, request, _quiet)
                 case wire.Verify():
                     return half.verify(root, request, _quiet)
             return worker.answer_to(request)

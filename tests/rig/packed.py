@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.errors import LocalFailed, PacksMissing
-from qmpsnap.store import box, chunking, contents, half, shared, wire
+from qmpsnap.store import box, chunking, contents, half, removal, shared, shipping, wire
 from qmpsnap.store.box import Role
 from qmpsnap.store.chunks import PLAIN, Encrypted
 from qmpsnap.store.files import digest_file
@@ -91,7 +91,7 @@ class Series:
             root=str(self.store.path), vm=self.vm, id=id, spool=str(spool), device=None,
             shared=str(self.local.shared(self.vm)), instead=dict(instead or {}),
         )  # fmt: skip
-        shipped = half.ship(self.store, request, quiet, keys=self.keys)
+        shipped = shipping.ship(self.store, request, quiet, keys=self.keys)
         for path in sorted(spool.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         spool.rmdir()
@@ -102,7 +102,7 @@ class Series:
         waiting = shared.awaited(self.local, self.vm)
         assert waiting is not None
         request = wire.Remove(root=str(self.store.path), vm=self.vm, id=id, waiting=sorted(waiting))
-        half.remove(self.store, request, quiet, keys=self.keys)
+        removal.remove(self.store, request, quiet, keys=self.keys)
 
     def remade(self, id: str, lost: PacksMissing) -> dict[str, Named]:
         """As the engine: what is lost is made again from the page images of *id*."""

@@ -10,7 +10,7 @@ import pytest
 
 from qmpsnap import Engine
 from qmpsnap.errors import DigestMismatch, Foreign, SignatureWrong, SnapshotUnknown
-from qmpsnap.store import half, lease, local, wire
+from qmpsnap.store import lease, local, shipping, wire
 from qmpsnap.store.files import digest_bytes
 from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import MANIFEST, SIGNATURE, LocalRoot, StoreRoot
@@ -171,7 +171,7 @@ def test_the_worker_puts_down_what_is_trusted_only(host: Host, short: Path) -> N
     trust = Trust(keys=host.ring.trust().keys, accepted=["unsigned"])
 
     def put(made: bytes, seal: str = digest_bytes(content)) -> None:
-        half.sign(
+        shipping.sign(
             host.store,
             wire.Sign(
                 root=str(host.store.path), vm="web", id=ID, trust=trust, seal=seal,

@@ -22,7 +22,7 @@ from qmpsnap.errors import (
     PacksMissing,
     StoreError,
 )
-from qmpsnap.store import box, chunking, contents, half, rampack, wire
+from qmpsnap.store import box, chunking, contents, half, rampack, removal, wire
 from qmpsnap.store.box import FRAME, Reader, Role
 from qmpsnap.store.chunks import PLAIN, Encrypted
 from qmpsnap.store.layout import MANIFEST
@@ -161,7 +161,7 @@ def test_what_is_left_of_a_pack_is_moved_with_the_key_only(series: Series) -> No
     series.keys = with_keys
     series.whole(*left)
     request = wire.Sweep(root=str(series.store.path), vm="web")
-    half.sweep(series.store, request.vm, quiet, keys=series.keys)
+    removal.sweep(series.store, request.vm, quiet, keys=series.keys)
     there = {path.name for path in series.store.shared("web").iterdir()}
     assert any(name.endswith(".moved") for name in there)
     for name in there:

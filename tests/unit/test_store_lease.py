@@ -18,7 +18,7 @@ import pytest
 from qmpsnap.engine.roots import Roots, claimant
 from qmpsnap.engine.ship import ship_all
 from qmpsnap.errors import LeaseHeld, LeaseLost, StoreError
-from qmpsnap.store import files, half, lease, rival, wire, worker
+from qmpsnap.store import files, lease, removal, rival, shipping, wire, worker
 from qmpsnap.store.holder import holder
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.lease import Claimant, Held, Standing
@@ -296,8 +296,8 @@ async def test_a_holder_that_was_killed_blocks_until_its_lease_ends(
             child.send_signal(signal.SIGKILL)
 
     # it never comes to its end, however late the signal is
-    script = "import time; from qmpsnap.store import half, worker"
-    endless = f"{script}; half.publish = lambda *_, **__: time.sleep(60); worker.main()"
+    script = "import time; from qmpsnap.store import shipping, worker"
+    endless = f"{script}; shipping.publish = lambda *_, **__: time.sleep(60); worker.main()"
     store = Store(root, within=20, command=[sys.executable, "-P", "-c", endless])
     with pytest.raises(StoreError):
         await store.ship(first, "web", ID, lease=await claimant(one, "web"), on_progress=kill)
@@ -326,11 +326,11 @@ def test_a_lease_that_is_lost_stops_the_writer(tmp_path: Path, root: StoreRoot, 
 
     request = wire.Ship(root=str(root.path), vm="web", id=ID, spool=str(spool), device=None)
     if at == 7:
-        half.ship(root, request, progress, held.check)
+        shipping.ship(root, request, progress, held.check)
         assert told == 6
         return
     with pytest.raises(LeaseLost, match="the host two"):
-        half.ship(root, request, progress, held.check)
+        shipping.ship(root, request, progress, held.check)
     assert not root.manifest("web", ID).exists()
     assert (spool / "manifest.json").exists()
 
@@ -358,7 +358,7 @@ def test_nothing_is_removed_without_the_lease(tmp_path: Path, root: StoreRoot, c
     request = wire.Ship(
         root=str(root.path), vm="web", id=ID, spool=str(spooled(local)), device=None
     )
-    half.ship(root, request, quiet)
+    shipping.ship(root, request, quiet)
     root.shared("web").mkdir()
     (root.shared("web") / files.digest_bytes(b"none's")).write_bytes(b"none's")
     held = lease.take(root, "web", host(tmp_path, "one"))
@@ -371,7 +371,7 @@ def test_nothing_is_removed_without_the_lease(tmp_path: Path, root: StoreRoot, c
             seized(tmp_path, root)
         held.check()
 
-    remove: Callable[[], None] = lambda: half.remove(  # noqa: E731
+    remove: Callable[[], None] = lambda: removal.remove(  # noqa: E731
         root, wire.Remove(root=str(root.path), vm="web", id=ID), quiet, guard
     )
     with pytest.raises(LeaseLost):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import PacksMissing, StoreError
-from qmpsnap.store import half, lending, moved, sweeping, wire
+from qmpsnap.store import half, lending, moved, shipping, sweeping, wire
 from tests.rig.halves import names
 from tests.rig.packed import IDS, Cut, Series, changing, quiet
 from tests.rig.ram import page
@@ -302,7 +302,7 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch, harm):
             for name in steps:
                 patch.setattr(os, name, counted(getattr(os, name), name))
             try:
-                half.ship(two.store, request, quiet)
+                shipping.ship(two.store, request, quiet)
             except Cut:
                 cut = True
         two.web.whole(*others)

@@ -14,7 +14,7 @@ import pytest
 from qmpsnap.engine.half import Pair
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DamagedData, HalfMissing, PacksMissing, StoreError
-from qmpsnap.store import chunking, files, half, moved, rampack, repack, sweeping, wire
+from qmpsnap.store import chunking, files, half, moved, rampack, removal, repack, sweeping, wire
 from qmpsnap.store.layout import StoreRoot
 from qmpsnap.store.local import read_storage
 from qmpsnap.store.remote import Store
@@ -140,7 +140,9 @@ def test_what_is_still_needed_is_moved(series):
     series.spool(IDS[4], {at: page(at) for at in range(64)}, IDS[0])
     with pytest.raises(PacksMissing):
         series.ship(IDS[4])
-    half.remove(series.store, wire.Remove(root=str(series.store.path), vm="web", id=IDS[4]), quiet)
+    removal.remove(
+        series.store, wire.Remove(root=str(series.store.path), vm="web", id=IDS[4]), quiet
+    )
     shutil.rmtree(series.local.spool("web", IDS[4]))  # it waited for what is there
     for id in (*left, IDS[3]):
         series.remove(id)
@@ -186,7 +188,7 @@ def test_cut_off_at_every_step(tmp_path, monkeypatch):
 
             return call
 
-        half.remove(  # what is cut off is the sweep
+        removal.remove(  # what is cut off is the sweep
             series.store,
             wire.Remove(root=str(series.store.path), vm="web", id=IDS[0], sweep=False),
             quiet,
@@ -266,7 +268,7 @@ def test_one_that_is_shipped_meanwhile_keeps_the_old_pack(series, monkeypatch):
         series.ship(IDS[4])
         return pack
 
-    half.remove(
+    removal.remove(
         series.store,
         wire.Remove(root=str(series.store.path), vm="web", id=IDS[0], sweep=False),
         quiet,

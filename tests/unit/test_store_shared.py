@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from qmpsnap.errors import DigestMismatch, LocalFailed, StoreError
-from qmpsnap.store import files, half, shared, sweeping, wire
+from qmpsnap.store import files, removal, shared, shipping, sweeping, wire
 from qmpsnap.store.layout import LocalRoot, StoreRoot
 from qmpsnap.store.manifest import FileEntry, Manifest, Shared, decode, encode
 from qmpsnap.store.remote import Store
@@ -94,7 +94,7 @@ async def test_a_damaged_one_is_named_by_all_who_need_it(store, local, kernel, t
     assert [one.file for one in await store.verify("web", ID)] == [name]
 
 
-def shipping(store: Store, local: LocalRoot, spool: Path, id: str = ID) -> wire.Ship:
+def request_for(store: Store, local: LocalRoot, spool: Path, id: str = ID) -> wire.Ship:
     """The worker's request, for what is to go wrong inside it."""
     return wire.Ship(
         root=str(store.root.path),
@@ -139,15 +139,15 @@ async def test_what_older_snapshots_need_stays_when_a_delivery_fails(
         else:
             patch.setattr(files, "write_all", full)
         with pytest.raises((StoreError, DigestMismatch)):
-            half.ship(store.root, shipping(store, local, spool, LATER), quiet)
+            shipping.ship(store.root, request_for(store, local, spool, LATER), quiet)
         assert names(store.root.shared("web")) == [DIGEST]
         assert copy.read_bytes() == KERNEL
         # as soon as there is a good copy, a new one takes the place of what cannot be opened
         patch.setattr(files, "write_all", write)
         (local.shared("web") / DIGEST).write_bytes(KERNEL)
         heard: list[str] = []
-        request = shipping(store, local, spool, LATER)
-        half.ship(store.root, request, lambda _done, _total, what: heard.append(what))
+        request = request_for(store, local, spool, LATER)
+        shipping.ship(store.root, request, lambda _done, _total, what: heard.append(what))
         assert f"copying shared/{DIGEST}" in heard
     assert await store.verify("web", ID) == []
     assert names(store.root.shared("web")) == [DIGEST]
@@ -155,16 +155,16 @@ async def test_what_older_snapshots_need_stays_when_a_delivery_fails(
 
 def test_two_hosts_deliver_the_same_one(store, local, kernel):
     """The second starts while the first is writing, and is done before it."""
-    request = shipping(store, local, waiting(local, ID, kernel))
-    other = shipping(store, local, waiting(local, LATER, kernel), LATER)
+    request = request_for(store, local, waiting(local, ID, kernel))
+    other = request_for(store, local, waiting(local, LATER, kernel), LATER)
     heard = []
 
     def meanwhile(_done: int, _total: int, what: str) -> None:
         if what == f"copying shared/{DIGEST}" and not heard:
             heard.append(what)
-            half.ship(store.root, other, quiet)
+            shipping.ship(store.root, other, quiet)
 
-    half.ship(store.root, request, meanwhile)
+    shipping.ship(store.root, request, meanwhile)
     assert heard
     assert names(store.root.shared("web")) == [DIGEST]
     assert (store.root.shared("web") / DIGEST).read_bytes() == KERNEL
@@ -217,7 +217,7 @@ async def test_a_sweep_that_breaks_off_takes_nothing_away(
     def interrupted(looking):
         looks.append(looking)
         if len(looks) == 2:
-            half.ship(store.root, shipping(store, local, spool, LATER), quiet)
+            shipping.ship(store.root, request_for(store, local, spool, LATER), quiet)
             if not taken_back:
                 (folder / DIGEST).rename(folder / f"{DIGEST}.going")
             raise OSError(errno.ESTALE, "Stale file handle")
@@ -249,7 +249,7 @@ async def test_what_a_killed_sweep_has_put_aside_is_still_there(store, local, ke
     copy.rename(copy.with_name(f"{DIGEST}.going"))
     copy.with_name(f"{DIGEST}.going").write_bytes(KERNEL[:-1])
     spool = waiting(local, THIRD, kernel)
-    half.ship(store.root, shipping(store, local, spool, THIRD), quiet)
+    shipping.ship(store.root, request_for(store, local, spool, THIRD), quiet)
     assert await store.verify("web", ID) == []
     sweeping.sweep(store.root, "web")
     assert names(copy.parent) == [DIGEST]
@@ -269,7 +269,7 @@ async def test_a_removal_tells_how_far_it_is_and_reads_each_manifest_once(
 
     monkeypatch.setattr(sweeping, "read_small", slowly)
     request = wire.Remove(root=str(store.root.path), vm="web", id=ID)
-    half.remove(store.root, request, lambda *_: events.append("told"))
+    removal.remove(store.root, request, lambda *_: events.append("told"))
     assert events == ["told", LATER, "told", THIRD, "told"]
 
 
@@ -408,7 +408,7 @@ def test_one_that_is_put_aside_while_it_is_shipped_is_there_in_the_end(store, lo
             copy.rename(copy.with_name(f"{DIGEST}.going"))
 
     spool = waiting(local, ID, kernel)
-    half.ship(store.root, shipping(store, local, spool), interrupted)
+    shipping.ship(store.root, request_for(store, local, spool), interrupted)
     assert sum("shared" in what for what in heard if what.startswith("copying")) == 1
     assert copy.read_bytes() == KERNEL
     sweeping.sweep(store.root, "web")

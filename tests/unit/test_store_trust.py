@@ -12,7 +12,7 @@ import pytest
 from qmpsnap.engine import ramknown
 from qmpsnap.engine.roots import Roots
 from qmpsnap.errors import DigestMismatch, Foreign, SignatureWrong, SnapError, StoreError, Unsigned
-from qmpsnap.store import half, local, wire
+from qmpsnap.store import half, local, shipping, wire
 from qmpsnap.store.catalogue import join
 from qmpsnap.store.keyring import Keyring
 from qmpsnap.store.layout import MANIFEST, SIGNATURE, LocalRoot
@@ -178,7 +178,7 @@ def _ship(host: Host, id: str, **more: object) -> wire.Ship:
 def test_a_spool_that_nobody_vouches_for_does_not_reach_the_store(host, spoil, error):
     spoil(host, host.spool(FIRST))
     with pytest.raises(error):
-        half.ship(host.series.store, _ship(host, FIRST), quiet)
+        shipping.ship(host.series.store, _ship(host, FIRST), quiet)
     assert list(host.series.store.path.iterdir()) == []
     of = {"root": str(host.series.store.path), "vm": "web", "id": FIRST, "trust": host.trust()}
     spool, shared = host.series.local.spool("web", FIRST), host.series.local.shared("web")
@@ -225,13 +225,13 @@ def test_cut_off_anywhere_what_is_sealed_is_signed(host, monkeypatch, step):
 
     monkeypatch.setattr(files, "_settle", cut)
     try:
-        half.ship(host.series.store, _ship(host, FIRST), quiet)
+        shipping.ship(host.series.store, _ship(host, FIRST), quiet)
     except Cut:
         assert not (folder / MANIFEST).exists()
     else:
         assert step > count > 4  # the sweep has gone past the end
     monkeypatch.undo()
-    half.ship(host.series.store, _ship(host, FIRST), quiet)
+    shipping.ship(host.series.store, _ship(host, FIRST), quiet)
     request = wire.Verify(
         root=str(host.series.store.path), vm="web", id=FIRST, seal=None, trust=host.trust()
     )
@@ -240,14 +240,14 @@ def test_cut_off_anywhere_what_is_sealed_is_signed(host, monkeypatch, step):
 
 def test_shipping_again_brings_back_a_signature_that_is_gone(host):
     host.spool(FIRST)
-    half.ship(host.series.store, _ship(host, FIRST), quiet)
+    shipping.ship(host.series.store, _ship(host, FIRST), quiet)
     signed = host.series.store.snapshot("web", FIRST) / SIGNATURE
     signed.unlink()
-    half.ship(host.series.store, _ship(host, FIRST), quiet)
+    shipping.ship(host.series.store, _ship(host, FIRST), quiet)
     assert signed.exists()
     signed.write_bytes(b"another")
     with pytest.raises(StoreError, match=r"manifest\.sig: exists, with another content"):
-        half.ship(host.series.store, _ship(host, FIRST), quiet)
+        shipping.ship(host.series.store, _ship(host, FIRST), quiet)
 
 
 def test_the_seal_is_looked_at_besides(host):
