@@ -29,6 +29,7 @@ from qmpsnap.errors import (
 )
 from qmpsnap.host import journal, lock
 from qmpsnap.hypervisor.block import job
+from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.monitor import Monitor, connect
 from qmpsnap.store import hurt, pages, shared
 from qmpsnap.store.files import sync_folder
@@ -111,6 +112,7 @@ async def met(machine: Machine) -> AsyncIterator[tuple[Monitor | None, str]]:
             return
         except MonitorBusy as busy:
             raise await asyncio.to_thread(survey.explain_busy, busy, machine.socket) from busy
+        await stack.enter_async_context(runstate.io_retried(met))
         yield met, ""
 
 

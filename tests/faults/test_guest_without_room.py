@@ -122,6 +122,21 @@ async def test_it_goes_on_when_what_took_its_room_is_gone_in_time(short: Path, s
         await it.is_well(writing)
 
 
+async def test_it_goes_on_after_a_deletion(short: Path, store: Path) -> None:
+    async with scene("7.2", short, store) as it:
+        own = await it.top()
+        made = await it.engine.create(it.clean, _DISKS)
+        filler = filled(it.local, leave=4 << 20)
+        it.wire.arm(Fault("block-commit", held=True))
+        deleting = asyncio.create_task(it.engine.delete(Machine("vm", it.wire.path), made.id))
+        writing = await it.stopped_by_a_write()
+        filler.unlink()
+        it.wire.release()
+        await deleting
+        assert await it.top() == own
+        await it.is_well(writing)
+
+
 async def test_recover_lets_it_go_on_when_the_engine_was_killed(short: Path, store: Path) -> None:
     async with scene("7.2", short, store) as it:
         own = await it.top()

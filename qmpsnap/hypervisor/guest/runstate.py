@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
@@ -15,6 +16,8 @@ from qmpsnap.errors import Blocked, CommandRefused, GuestLeftStopped, QemuGone, 
 from qmpsnap.hypervisor.guest.watchdog import Debt
 from qmpsnap.hypervisor.monitor import Monitor, settle
 from qmpsnap.shield import finish
+
+log = logging.getLogger(__name__)
 
 
 class RunState(StrEnum):
@@ -64,6 +67,21 @@ async def retry_io(monitor: Monitor) -> bool:
         return False
     await monitor.execute("cont")
     return True
+
+
+@asynccontextmanager
+async def io_retried(monitor: Monitor) -> AsyncIterator[None]:
+    """A guest that runs before the block does so after it, as far as `retry_io` can help.
+
+    For what takes room where the guest's writes want some, too. Raises MonitorLost.
+    """
+    running = await query(monitor) is RunState.RUNNING
+    try:
+        yield
+    finally:
+        with suppress(SnapError):
+            if running and await retry_io(monitor):
+                log.warning("QEMU had stopped the guest: a write of its own had failed meanwhile")
 
 
 class Hold:
