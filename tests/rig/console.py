@@ -16,6 +16,7 @@ from typing import Self
 # The witness speaks at any moment, also in the middle of another command's output.
 _TICK = re.compile(r"W [0-9a-f]{16} \d+\n")
 _ALARM = re.compile(r"WITNESS BAD [^\n]*\n")
+_PAST = 4000  # characters
 _VERDICT = re.compile(
     r"^(OK|BAD) nonce=([0-9a-f]{16}) ram=(\d+)(?: disk0=(\d+)\S*)?(?: disk1=(\d+))?", re.M
 )
@@ -50,6 +51,8 @@ class Console:
         self._serial = itertools.count(time.monotonic_ns() % 1_000_000_000)
         self.alarms: list[str] = []
         """Mismatches that the witness found by itself, as far as they have been read."""
+        self.past = ""
+        """The end of what has been taken."""
 
     @classmethod
     @asynccontextmanager
@@ -70,8 +73,9 @@ class Console:
                 if not data:
                     raise ConsoleLost(f"no {pattern!r} in {self._text[-400:]!r}")
                 self._text += data.decode(errors="replace").replace("\r", "")
-        self.alarms += _ALARM.findall(self._text[: match.end()])
-        self._text = self._text[match.end() :]
+        taken, self._text = self._text[: match.end()], self._text[match.end() :]
+        self.alarms += _ALARM.findall(taken)
+        self.past = (self.past + taken)[-_PAST:]
         return match
 
     async def listen(self) -> None:

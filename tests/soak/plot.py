@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.faults.badfs import BadFs, badfs
 from tests.rig.console import Console, Heartbeat
-from tests.rig.graph import chains
+from tests.rig.graph import ask, chains
 from tests.rig.guest import Guest, blockdev, booted, disk
 from tests.rig.qemu import ROOT
 from tests.rig.wire import Wire, wired
@@ -136,7 +136,7 @@ class Plot:
         """A verb as a process; *before* runs in it, as in subprocess.Popen."""
         kept = {name: value for name, value in os.environ.items() if "QMPSNAP" not in name}
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "qmpsnap", *map(str, words)),
+            *(sys.executable, "-m", "tests.soak.verb", *map(str, words)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -158,13 +158,28 @@ class Plot:
             async with asyncio.timeout(180):
                 out, err = await asyncio.shield(talk)
         except TimeoutError:
-            if process.returncode is None:
-                process.send_signal(signal.SIGABRT)  # it tells then what its threads do
-            done, _ = await asyncio.wait({talk}, timeout=5)
-            said = talk.result()[1].decode() if done else "it is over; who has its pipes is not"
-            raise TimeoutError(f"{words} took more than 180 s: {said}") from None
+            raise TimeoutError(
+                f"{words} took more than 180 s: {await self._why(talk, process)}"
+            ) from None
         assert process.returncode is not None
         return Ran(words, process.returncode, out.decode(), err.decode())
+
+    async def _why(
+        self, talk: asyncio.Future[tuple[bytes, bytes]], process: asyncio.subprocess.Process
+    ) -> str:
+        """What a verb waits for that is not over: as QEMU tells, and the verb, which is ended."""
+        told = [f"the last commands: {self.wire.names[-8:]}"]
+        for command in ("query-status", "query-jobs", "query-migrate", "query-block-exports"):
+            try:
+                told.append(f"{command}: {await ask(self.guest.qemu.witness, command)}")
+            except (TimeoutError, OSError, AssertionError) as failed:
+                told.append(f"{command}: {failed!r}")
+        for number in (signal.SIGUSR1, signal.SIGABRT):  # what its tasks do, and its threads
+            if process.returncode is None:
+                process.send_signal(number)
+            done, _ = await asyncio.wait({talk}, timeout=5)
+        told.append(talk.result()[1].decode() if done else "it is over; who has its pipes is not")
+        return "\n".join(told)
 
     async def run(self, *words: object) -> Ran:
         """A verb, undisturbed."""

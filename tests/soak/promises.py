@@ -148,11 +148,16 @@ class Promises:
                 await console.until("^W ", within=120)
                 found = await console.witness(within=60)
                 if not found.ok or (nonce and found.nonce != nonce):
-                    raise Broken(f"{id} was restored as {found}, and was of {nonce}")
+                    said = f"its console: {console.past}"
+                    raise Broken(f"{id} was restored as {found}, and was of {nonce}; {said}")
         except (TimeoutError, ConnectionError) as failed:
-            process.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(20):  # it says why its machine has ended
+                    await process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             ran = await plot.ended(process, ["restore", VM, id, *cold])
-            raise Broken(f"{id} does not come back: {failed!r}; {ran.told}") from failed
+            raise Broken(f"{id} does not come back: {failed!r}; {ran.told}: {ran.err}") from failed
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)

@@ -166,7 +166,10 @@ class Soak:
             process = await plot.start(*words, before=blow.before)
             began = time.monotonic()
             strike(process)
-            ran = await plot.ended(process, words)
+            try:
+                ran = await plot.ended(process, words)
+            except TimeoutError as hung:
+                raise Broken(f"{name}: {hung}") from hung
             if ran.code == 0:
                 lasted = time.monotonic() - began
                 self._lasts[words[0]] += (lasted - self._lasts[words[0]]) / 8
