@@ -150,13 +150,14 @@ class Soak:
             nonce = await self._power_lost(tops)
         await self._promises.nothing_is_owed()
         await self._promises.the_guest_runs()
-        now = await self._promises.the_guest_is_sound()
+        if await self._promises.the_guest_is_sound() != nonce:
+            raise Broken(f"{name}: the guest has booted anew: {ran.told}")
         self._ids = await self._promises.snapshots()
         for id in set(self._ids) - ids:
             self._promises.came(id, nonce)
         if words[0] in {"create", "refresh"} and not ids <= set(self._ids):
             raise Broken(f"{name}: `{' '.join(words)}`: {ids - set(self._ids)} went")
-        return now
+        return nonce
 
     async def _struck(
         self, name: str, words: list[str]
