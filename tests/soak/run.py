@@ -128,7 +128,7 @@ class Soak:
         """A verb that changes something, as a rule with a fault in it, and all that must hold."""
         plot, dice, tally = self._plot, self._dice, self._tally
         name = dice.choice(faults.names()) if dice.random() < 0.85 else "none"
-        ids = set(self._ids)
+        ids, of = set(self._ids), nonce
         with plot.hearing() as heart:
             began = heart.mark()
             if name == "none":
@@ -154,7 +154,7 @@ class Soak:
             raise Broken(f"{name}: the guest has booted anew: {ran.told}")
         self._ids = await self._promises.snapshots()
         for id in set(self._ids) - ids:
-            self._promises.came(id, nonce)
+            self._promises.came(id, of)  # also of a QEMU that was killed afterwards
         if words[0] in {"create", "refresh"} and not ids <= set(self._ids):
             raise Broken(f"{name}: `{' '.join(words)}`: {ids - set(self._ids)} went")
         return nonce
