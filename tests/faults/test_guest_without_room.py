@@ -11,6 +11,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,12 @@ async def test_it_goes_on_after_a_deletion(short: Path, store: Path) -> None:
     async with scene("7.2", short, store) as it:
         own = await it.top()
         made = await it.engine.create(it.clean, _DISKS)
-        filler = filled(it.local, leave=4 << 20)
-        it.wire.arm(Fault("block-commit", held=True))
+        # not before: what is deleted makes room
+        fill = partial(filled, it.local, leave=4 << 20)
+        it.wire.arm(Fault("block-commit", held=True, then=fill))
         deleting = asyncio.create_task(it.engine.delete(Machine("vm", it.wire.path), made.id))
         writing = await it.stopped_by_a_write()
-        filler.unlink()
+        (it.local / "filler").unlink()
         it.wire.release()
         await deleting
         assert await it.top() == own
