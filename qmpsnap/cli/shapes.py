@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 
+from qmpsnap.dialect import schema
 from qmpsnap.engine.created import Created
 from qmpsnap.engine.delete import Deleted
 from qmpsnap.engine.execution import ExecutionState
@@ -238,5 +238,4 @@ KINDS: dict[str, type[Struct]] = {
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of each object, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {f"cli-{word}": dialect | msgspec.json.schema(kind) for word, kind in KINDS.items()}
+    return {f"cli-{word}": schema(kind) for word, kind in KINDS.items()}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.engine import reconciliation
 from qmpsnap.engine.details import Details
 from qmpsnap.engine.reconciliation import Reconciliation
@@ -127,5 +128,4 @@ def _missing(whole: Any, there: Any, path: str) -> Iterator[str]:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of `machine.json`, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {_FORMAT: dialect | msgspec.json.schema(Configuration)}
+    return {_FORMAT: schema(Configuration)}

@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from qmpsnap import private, spelling
+from qmpsnap.dialect import schema
 from qmpsnap.engine.survey import Survey
 from qmpsnap.errors import LocalFailed
 from qmpsnap.host import tpmstate
@@ -97,8 +98,7 @@ def write(folder: Path, held: Held) -> list[str]:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `tpm.json`, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-tpm": dialect | msgspec.json.schema(Tpm)}
+    return {"qmpsnap-tpm": schema(Tpm)}
 
 
 def nothing(id: str, trouble: str, socket: Path | None = None) -> Tpm:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.engine import firstusage
 from qmpsnap.engine.interval import Interval, between
 from qmpsnap.engine.sample import Sample
@@ -100,5 +101,4 @@ def keep(root: LocalRoot, usage: Usage) -> None:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `usage.json`, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-usage": dialect | msgspec.json.schema(Usage)}
+    return {"qmpsnap-usage": schema(Usage)}

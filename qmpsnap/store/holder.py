@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import LocalFailed
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import digest_bytes, partial, read_small, told, write_all
@@ -70,5 +71,4 @@ def _make(path: Path) -> None:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `host.json`, by the word that it says of itself."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-host": dialect | msgspec.json.schema(Host)}
+    return {"qmpsnap-host": schema(Host)}

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import make_folders, read_small, replace, told
@@ -52,5 +53,4 @@ def forget(root: LocalRoot, vm: str) -> None:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `hurt.json`, by the word that it says of itself."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-hurt": dialect | msgspec.json.schema(Hurt)}
+    return {"qmpsnap-hurt": schema(Hurt)}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import KeyRefused, ManifestError
 from qmpsnap.store import signature
 from qmpsnap.store.files import Side, opened
@@ -102,8 +103,7 @@ _KINDS = {Public: _PUBLIC_KEY, Signing: _SIGNING_KEY, Encryption: _ENCRYPTION_KE
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of each file, by the word of its format."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {word: dialect | msgspec.json.schema(kind) for kind, word in _KINDS.items()}
+    return {word: schema(kind) for kind, word in _KINDS.items()}
 
 
 def encode(key: Public | Signing | Encryption) -> bytes:

@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import DamagedData, LeaseHeld, LeaseLost, StoreError
 from qmpsnap.spelling import encode
 from qmpsnap.store import naming, rival
@@ -199,8 +200,7 @@ def in_words(standing: Standing) -> str:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of a lease, by the word that it says of itself."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-lease": dialect | msgspec.json.schema(Lease)}
+    return {"qmpsnap-lease": schema(Lease)}
 
 
 def _free(root: StoreRoot, vm: str, number: int, who: Claimant, now: float) -> bool:

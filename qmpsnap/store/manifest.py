@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from qmpsnap.dialect import schema
 from qmpsnap.ids import is_snapshot_id, is_vm_name
 from qmpsnap.store import head
 from qmpsnap.store.head import readable
@@ -441,8 +442,7 @@ def decode(content: bytes, kind: type[T], path: Path) -> T:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of each format, by the format's word."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {word: dialect | msgspec.json.schema(kind) for word, (kind, _) in KINDS.items()}
+    return {word: schema(kind) for word, (kind, _) in KINDS.items()}
 
 
 def _check_names(vm: str | None, id: str | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import DamagedData, HalfMissing
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import Side, publish, read_small
@@ -94,5 +95,4 @@ def lies(pack: Path, *, side: Side) -> tuple[Path, Named | None]:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of the note, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-moved": dialect | msgspec.json.schema(Moved)}
+    return {"qmpsnap-moved": schema(Moved)}

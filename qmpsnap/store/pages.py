@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import DamagedData, LocalFailed
 from qmpsnap.ids import is_snapshot_id
 from qmpsnap.store import pageplace, ramindex
@@ -249,5 +250,4 @@ def _folders(root: LocalRoot, vm: str) -> list[Path]:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `pages.json`, by the word that it says of itself."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {_FORMAT: dialect | msgspec.json.schema(Pages)}
+    return {_FORMAT: schema(Pages)}

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import UNREADABLE, LocalFailed
 from qmpsnap.spelling import encode
 from qmpsnap.store.files import read_small, replace
@@ -57,5 +58,4 @@ def forget(path: Path) -> None:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `rival.json`, by the word that it says of itself."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-rival": dialect | msgspec.json.schema(Rival)}
+    return {"qmpsnap-rival": schema(Rival)}

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import UNREADABLE, DamagedData, LocalFailed, StoreError
 from qmpsnap.spelling import encode, spelled
 from qmpsnap.store import box, local
@@ -157,8 +158,7 @@ def arrived(root: StoreRoot, vm: str, entry: FileEntry) -> bool:
 
 def schemas() -> dict[str, dict[str, object]]:
     """The JSON Schema of `shared.json`, by the word that its file is named for."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {"qmpsnap-shared": dialect | msgspec.json.schema(Notes)}
+    return {"qmpsnap-shared": schema(Notes)}
 
 
 def _kept(root: LocalRoot, vm: str, path: str, known: Note | None, secret: Secret | None) -> Note:

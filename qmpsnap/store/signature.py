@@ -14,6 +14,7 @@ import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
 
+from qmpsnap.dialect import schema
 from qmpsnap.errors import Foreign, ManifestError, SignatureWrong, Unsigned
 from qmpsnap.store import ed25519
 from qmpsnap.store.head import readable, version_of
@@ -128,8 +129,7 @@ def reasons(words: Iterable[str]) -> tuple[Reason, ...]:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of the file, by the word of its format."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {_FORMAT: dialect | msgspec.json.schema(Signature)}
+    return {_FORMAT: schema(Signature)}
 
 
 def _reason(word: str) -> Reason:
