@@ -1,4 +1,4 @@
-/* The only program of ours inside the test guest: witness, witness-check, prev, dirty-ram,
+/* The only program of ours inside the test guest: witness, witness-check, prev, dirty-ram, hot-ram,
  * dirty-disk, fill and heartbeat, by the name it is called by. README.md: what each promises. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -193,6 +193,27 @@ static void dirty_ram(u64 mib, u64 rate)
     }
 }
 
+/* Counts in all pages, one after the other, and looks whether each has what it counted last: RAM
+ * that is not of one instant shows, here and to whoever reads the pages. No call, no page fault. */
+static void hot_ram(u64 pages)
+{
+    struct { u64 magic[2], page, round; } *p;
+    char *all = mmap(NULL, pages * BLOCK, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (all == MAP_FAILED) die("hot-ram");
+    for (u64 round = 0;; round++) {
+        for (u64 i = 0; i < pages; i++) {
+            p = (void *)(all + i * BLOCK);
+            if (round && p->round != round - 1)
+                dprintf(open("/dev/console", O_WRONLY | O_NOCTTY),
+                        "HOT BAD page=%llu round=%llu not=%llu\n", i, p->round, round - 1);
+            memcpy(p->magic, "qmpsnap hot page", 16);
+            p->page = i;
+            *(volatile u64 *)&p->round = round;
+        }
+    }
+}
+
 static void dirty_disk(u64 rate)
 {
     u64 start = now_ns(), done = 0, at = 0, seed = start | 1, chunk = rate < 640 ? 4 : 64;
@@ -262,6 +283,7 @@ int main(int argc, char **argv)
     if (!strcmp(name, "witness-check")) return witness_check();
     if (!strcmp(name, "prev")) return prev();
     if (!strcmp(name, "dirty-ram") && a && b) dirty_ram(a, b);
+    if (!strcmp(name, "hot-ram") && a) hot_ram(a);
     if (!strcmp(name, "dirty-disk") && a) dirty_disk(a);
     if (!strcmp(name, "fill") && a) return fill(a);
     if (!strcmp(name, "heartbeat")) heartbeat();

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qmpsnap.engine.plan import Plan
 from qmpsnap.errors import AgentError, FreezeTooLong, IllegalMove, PauseTooLong
-from qmpsnap.hypervisor.abilities import Abilities
+from qmpsnap.hypervisor.abilities import Abilities, Tracking
 from qmpsnap.hypervisor.guest import quiesce
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
 from qmpsnap.hypervisor.monitor import Monitor
@@ -130,5 +130,6 @@ class Shot:
             if mode is RamMode.PAUSED:
                 await paused(session, file, self.fix)
             else:
-                aim = live.Aim(self.plan.pause, self.plan.budget, stretch=last)
+                one_pass = self.abilities.tracking is Tracking.ONE_PASS
+                aim = live.Aim(self.plan.pause, self.plan.budget, last, one_pass)
                 await live.live(session, file, self.fix, aim)

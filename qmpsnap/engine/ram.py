@@ -7,6 +7,7 @@ from pathlib import Path
 from qmpsnap.engine.survey import Survey
 from qmpsnap.engine.wishes import RamChoice
 from qmpsnap.errors import Blocked
+from qmpsnap.hypervisor.abilities import Tracking
 from qmpsnap.hypervisor.guest.runstate import RunState
 from qmpsnap.hypervisor.machine.mapping import images
 from qmpsnap.hypervisor.vmstate.session import RamMode
@@ -17,6 +18,7 @@ _NOT_MAPPED = (
     "`--ram live` does not need it; a machine restored with --eager, or from page images in memory "
     "(`--ram-in`, `ram_images_in`), can be saved in the background"
 )
+_LOSES = "loses writes of a guest that it emulates"
 _OF_MEMORY = "guest memory configuration"  # what QEMU 7.2 to 11.1 say of files on a disk
 
 
@@ -44,14 +46,32 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
             told = f"background saving of RAM is not possible: {trouble}"
             raise Blocked(told, hint=_NOT_MAPPED if _on_disk(facts) else "")
         return (RamMode.BACKGROUND,), "asked for"
+    tracking = facts.abilities.tracking
+    if tracking is Tracking.UNSOUND:
+        return _without_live(facts, asked, trouble)
     if asked is not RamChoice.AUTO:
         return (RamMode(asked.value),), "asked for"
+    if tracking is Tracking.ONE_PASS:
+        why = f"live, in one pass: in more, QEMU {facts.abilities.version} {_LOSES}"
+        return (RamMode.LIVE,), why
     if trouble:
         return (RamMode.LIVE,), f"background would not do: {trouble}"
     if not facts.abilities.background_safe:
         why = f"background is not failure-safe on QEMU {facts.abilities.version}"
         return (RamMode.LIVE,), why
     return (RamMode.LIVE, RamMode.BACKGROUND), "live; background if that does not converge"
+
+
+def _without_live(facts: Survey, asked: RamChoice, trouble: str) -> tuple[tuple[RamMode, ...], str]:
+    """Where passes over the RAM of a guest that runs do not come to a whole."""
+    why = f"in passes, QEMU {facts.abilities.version} {_LOSES}"
+    if asked is RamChoice.LIVE:
+        raise Blocked(f"no live saving of RAM: {why}", hint="`--ram paused`, or QEMU 9.0 and later")
+    if asked is RamChoice.PAUSED:
+        return (RamMode.PAUSED,), "asked for"
+    if not trouble and facts.abilities.background_safe:
+        return (RamMode.BACKGROUND,), f"background: {why}"
+    return (RamMode.PAUSED,), f"paused: {why}"
 
 
 def _ram_of_paused(

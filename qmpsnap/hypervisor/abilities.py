@@ -1,4 +1,4 @@
-"""What this QEMU can do, asked of itself instead of guessed from its version.
+"""What this QEMU can do, asked of itself instead of guessed from its version, as far as it tells.
 
 Not asked with query-qmp-schema: making its 200 KiB holds QEMU's main loop, and so the guest's
 devices, for 60 ms (11.1, measured by the guest's silence), three times a snapshot's pause. What
@@ -8,6 +8,7 @@ query-migrate-capabilities and -parameters list came with what we want to know.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -18,6 +19,21 @@ from qmpsnap.shield import finish
 
 _BACKGROUND = "background-snapshot"
 _AT_WORK = {"setup", "active", "device", "cancelling", "failing"}
+_LOOKS_ONCE = 8  # the major version from which on QEMU looks for written pages after a pass, too
+
+
+class Tracking(StrEnum):
+    """How far QEMU can be trusted with what the guest writes while its RAM is saved in passes.
+
+    An emulated guest's TLB goes on writing past a look for the pages that were written: before 9.0
+    QEMU does not empty it then, and what is written after its page was saved is lost (docs of
+    decision 0028). `one pass`: before 8.0 the only look while the guest runs is the first one, if
+    QEMU is not told to make more. KVM tracks by itself.
+    """
+
+    SOUND = "sound"
+    ONE_PASS = "one pass"
+    UNSOUND = "unsound"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,7 @@ class Abilities:
     background         write-tracked saving of RAM; *background_trouble* says why not
     background_safe    a failed background save lets the guest go on (8.2; 7.2 hangs it for ever)
     stays_paused       a background save of a paused guest leaves it paused (9.0)
+    tracking           of the guest's writes, while its RAM is saved live
     """
 
     version: str
@@ -37,6 +54,7 @@ class Abilities:
     background_trouble: str
     background_safe: bool
     stays_paused: bool
+    tracking: Tracking = Tracking.SOUND
 
 
 class _Number(msgspec.Struct, frozen=True):
@@ -48,6 +66,10 @@ class _Number(msgspec.Struct, frozen=True):
 class _Version(msgspec.Struct, frozen=True):
     qemu: _Number
     package: str = ""
+
+
+class _Kvm(msgspec.Struct, frozen=True):
+    enabled: bool = False
 
 
 class _Capability(msgspec.Struct, frozen=True):
@@ -81,6 +103,8 @@ async def probe(monitor: Monitor) -> Abilities:
     names = set(await capabilities(monitor))
     # 8.2 brought it together with the `file:` URI, and ends a failed background save well
     mode = "mode" in await monitor.query("query-migrate-parameters", dict[str, Any])
+    of_9_0 = "mapped-ram" in names
+    emulated = not (await monitor.query("query-kvm", _Kvm)).enabled
     trouble = await _background_trouble(monitor, names)
     return Abilities(
         version=number,
@@ -89,8 +113,15 @@ async def probe(monitor: Monitor) -> Abilities:
         background=not trouble,
         background_trouble=trouble,
         background_safe=mode,
-        stays_paused="mapped-ram" in names,  # both of 9.0
+        stays_paused=of_9_0,
+        tracking=_tracking(number) if emulated and not of_9_0 else Tracking.SOUND,
     )
+
+
+def _tracking(number: str) -> Tracking:
+    """Of a QEMU before 9.0 that emulates. Nothing it tells shows how often it looks."""
+    major = int(number.partition(".")[0])
+    return Tracking.ONE_PASS if major < _LOOKS_ONCE else Tracking.UNSOUND
 
 
 async def _background_trouble(monitor: Monitor, capabilities: set[str]) -> str:

@@ -15,7 +15,7 @@ from qmpsnap.engine.plan import MAX_PAUSE, Plan, plan
 from qmpsnap.engine.survey import Site, Survey
 from qmpsnap.engine.wishes import Quiesce, RamChoice, Wishes
 from qmpsnap.errors import Blocked, SnapError, UsageError, VmBusy
-from qmpsnap.hypervisor.abilities import Abilities
+from qmpsnap.hypervisor.abilities import Abilities, Tracking
 from qmpsnap.hypervisor.block.graph import Disk, Node
 from qmpsnap.hypervisor.guest.runstate import RunState
 from qmpsnap.hypervisor.machine.attach import Attached, facts
@@ -64,6 +64,8 @@ def _inventory(*devices: str) -> Inventory:
 
 _NEW = Abilities("10.0.2", "", True, True, "", True, True)
 _OLD = Abilities("7.2.22", "", False, True, "", False, False)
+_EMULATED = replace(_OLD, tracking=Tracking.ONE_PASS)
+_BETWEEN = Abilities("8.2.2", "", True, True, "", True, False, Tracking.UNSOUND)
 
 
 def _survey(*sites: Site, **other: Any) -> Survey:
@@ -98,6 +100,17 @@ _PAUSED = {"state": RunState.PAUSED}
     [
         ({}, RamChoice.AUTO, ["live", "background"]),
         ({"abilities": _OLD}, RamChoice.AUTO, ["live"]),
+        ({"abilities": _EMULATED}, RamChoice.AUTO, ["live"]),
+        ({"abilities": _EMULATED}, RamChoice.LIVE, ["live"]),
+        ({"abilities": _BETWEEN}, RamChoice.AUTO, ["background"]),
+        ({"abilities": _BETWEEN}, RamChoice.BACKGROUND, ["background"]),
+        ({"abilities": _BETWEEN}, RamChoice.PAUSED, ["paused"]),
+        ({"abilities": _BETWEEN}, RamChoice.NONE, ["none"]),
+        (
+            {"abilities": replace(_BETWEEN, background=False, background_trouble="no")},
+            RamChoice.AUTO,
+            ["paused"],
+        ),
         ({"abilities": _BLOCKED}, RamChoice.AUTO, ["live"]),
         ({"inventory": _inventory("vhost-user-blk-pci")}, RamChoice.AUTO, ["live"]),
         ({}, RamChoice.LIVE, ["live"]),
@@ -128,6 +141,7 @@ def test_the_ram_mode_follows_from_what_qemu_can(
             "writes RAM unseen",
         ),
         (_PAUSED, {"ram": RamChoice.LIVE}, Blocked, "the guest is paused"),
+        ({"abilities": _BETWEEN}, {"ram": RamChoice.LIVE}, Blocked, "QEMU 8.2.2 loses writes"),
         ({**_PAUSED, "abilities": _OLD}, {}, Blocked, "cannot save a paused guest"),
         ({**_PAUSED, "abilities": _BLOCKED}, {}, Blocked, "RAM lies on ext4"),
         ({"attached": None, "problem": "no /proc"}, {}, Blocked, "no /proc"),

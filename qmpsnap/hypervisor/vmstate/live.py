@@ -37,11 +37,13 @@ class HeldTooEarly(MigrationFailed):
 class Aim:
     """*pause*: seconds that the guest shall be held at most. *budget*: seconds that the passes
     after the first may take. *stretch*: when they do not suffice, double the pause, up to the
-    session's max_pause, instead of giving up."""
+    session's max_pause, instead of giving up. *one_pass*: there may be no pass after the first
+    (`Tracking.ONE_PASS`); what the guest dirties during it is saved while it is held."""
 
     pause: float
     budget: float
     stretch: bool
+    one_pass: bool = False
 
 
 async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
@@ -54,18 +56,25 @@ async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
     monitor = session.monitor
     freezer = session.freezer if session.freezer and not session.freezer.owed else None
     start: dict[str, object] = {"downtime-limit": round(aim.pause * 1000)}
-    if freezer is not None:
+    if aim.one_pass:
+        start = {"downtime-limit": 0, "max-bandwidth": _CRAWL}
+    elif freezer is not None:
         start = {"downtime-limit": 0, "max-bandwidth": _EARLY}
     async with (
-        timed(session),
+        timed(session) as begun,
         migration.tuned(monitor, {"pause-before-switchover"}, start),
         session.watchdog.owing("cont", "cancel", within=session.deadline) as owed,
     ):
         try:
             with monitor.listen("MIGRATION") as events:
-                # from here on QEMU may stop the guest at any moment
-                await monitor.execute("migrate", {"uri": target.uri})
                 passes = _Passes(session, events, owed, aim)
+                # from here on QEMU may stop the guest at any moment
+                if aim.one_pass:
+                    await _begun_held(session, target, events)
+                    begun()
+                    await passes.go_on(_EARLY if freezer is not None else migration.UNLIMITED)
+                else:
+                    await monitor.execute("migrate", {"uri": target.uri})
                 if freezer is not None:
                     await passes.until_short()
                     await passes.until_frozen(freezer)
@@ -80,6 +89,19 @@ async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
             raise
         await finish(_settled(owed, runstate.given_back(monitor)), within=30)
         await session.thaw()
+
+
+async def _begun_held(session: Session, target: Target, events: Events) -> None:
+    """Begin with the guest held until QEMU tracks its writes, and its TLB is empty.
+
+    Raises PauseTooLong, MigrationFailed.
+    """
+    monitor = session.monitor
+    async with bounded(session), runstate.stopped(monitor) as hold:
+        await monitor.execute("migrate", {"uri": target.uri})
+        # its rate is a crawl: this is not over when it is looked at
+        await migration.reach(monitor, events, "active")
+        await hold.release()
 
 
 async def _settled(owed: Debt, payment: Coroutine[Any, Any, None]) -> None:
@@ -129,6 +151,8 @@ class _Passes:
 
     async def until_held(self) -> None:
         """Until QEMU holds the guest before the last pass. Raises DoesNotConverge."""
+        if self._aim.one_pass:
+            return await self._until_held_at_once()
         while (now := await self._look()).status != "pre-switchover":
             if self._stuck(now):
                 await self._stretch(now)
@@ -136,10 +160,17 @@ class _Passes:
             if await migration.woken(self._events, within=0.1) == "pre-switchover":
                 return
 
-    async def go_on(self) -> None:
-        """Full speed to the end, and a last pass as long as is wanted."""
-        limit = round(self._aim.pause * 1000)
-        await self._tune({"max-bandwidth": migration.UNLIMITED, "downtime-limit": limit})
+    async def _until_held_at_once(self) -> None:
+        """Until QEMU holds the guest after one pass. Raises MigrationFailed if it made more."""
+        while (now := await self._look()).status != "pre-switchover":
+            await migration.woken(self._events, within=0.1)
+        if now.ram.dirty_sync_count > 1:
+            raise MigrationFailed("QEMU went over the RAM once more, where it loses writes")
+
+    async def go_on(self, rate: int = migration.UNLIMITED) -> None:
+        """Full speed to the end, or *rate* bytes a second, and a last pass as long as is wanted."""
+        limit = 0 if self._aim.one_pass else round(self._aim.pause * 1000)
+        await self._tune({"max-bandwidth": rate, "downtime-limit": limit})
 
     async def _tune(self, parameters: dict[str, object]) -> None:
         await self._session.monitor.execute("migrate-set-parameters", parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,7 +12,7 @@ from qmpsnap.errors import GuestLeftStopped, PauseTooLong
 from qmpsnap.hypervisor.guest import runstate
 from qmpsnap.hypervisor.guest.quiesce import Freezer
 from qmpsnap.hypervisor.guest.watchdog import Watchdog
-from qmpsnap.hypervisor.monitor import Monitor, settle
+from qmpsnap.hypervisor.monitor import Event, Monitor, settle
 from qmpsnap.hypervisor.vmstate import migration
 
 Fix = Callable[[], Awaitable[None]]
@@ -34,16 +34,29 @@ class RamMode(StrEnum):
 
 @dataclass(slots=True)
 class Pause:
-    """STOP and RESUME by QEMU's own timestamps, in seconds since the epoch."""
+    """STOP and RESUME by QEMU's own timestamps, in seconds since the epoch.
+
+    *before*: seconds for which the guest was held before, to begin with. It counts.
+    """
 
     stopped_at: float | None = None
     resumed_at: float | None = None
+    before: float = 0.0
 
     @property
     def milliseconds(self) -> float:
-        if self.stopped_at is None or self.resumed_at is None:
-            return 0.0
-        return (self.resumed_at - self.stopped_at) * 1000
+        held = self.before
+        if self.stopped_at is not None and self.resumed_at is not None:
+            held += self.resumed_at - self.stopped_at
+        return held * 1000
+
+    def see(self, events: Iterable[Event]) -> None:
+        """Of *events* the first STOP and the last RESUME are taken."""
+        for event in events:
+            if event.name == "RESUME":
+                self.resumed_at = event.at
+            elif self.stopped_at is None:
+                self.stopped_at = event.at
 
 
 @dataclass(slots=True)
@@ -77,17 +90,21 @@ class Session:
 
 
 @asynccontextmanager
-async def timed(session: Session) -> AsyncIterator[None]:
-    """Takes the first STOP and the last RESUME of the block for the session's pause."""
+async def timed(session: Session) -> AsyncIterator[Callable[[], None]]:
+    """The first STOP and the last RESUME of the block are the session's pause.
+
+    What it gives is called when a hold is over that was only the beginning.
+    """
     with session.monitor.listen("STOP", "RESUME") as events:
+
+        def begun() -> None:
+            session.pause.see(events.pending())
+            session.pause = Pause(before=session.pause.milliseconds / 1000)
+
         try:
-            yield
+            yield begun
         finally:
-            for event in events.pending():
-                if event.name == "RESUME":
-                    session.pause.resumed_at = event.at
-                elif session.pause.stopped_at is None:
-                    session.pause.stopped_at = event.at
+            session.pause.see(events.pending())
 
 
 @asynccontextmanager
