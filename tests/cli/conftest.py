@@ -86,6 +86,8 @@ class Program:
         return kept | more
 
     async def start(self, *words: object, **more: str) -> asyncio.subprocess.Process:
+        if words and words[0] in {"create", "refresh"} and "--max-pause" not in words:
+            words = (*words, "--max-pause", "30s")  # no test of the pause
         return await asyncio.create_subprocess_exec(
             *line(*words),
             stdin=asyncio.subprocess.DEVNULL,

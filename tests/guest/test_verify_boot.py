@@ -19,6 +19,7 @@ from tests.rig.graph import status
 from tests.rig.guest import Guest, booted
 
 pytestmark = pytest.mark.guest
+PATIENT = Wishes(max_pause=30)  # no test of the pause
 NET = ["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,id=net0"]
 _ALONE = "p=$(pidof qemu-ga); kill -9 $(cut -d' ' -f4 /proc/$p/stat) $p"
 
@@ -43,7 +44,7 @@ def nothing_left(engine: Engine, id: str) -> None:
     assert dependents.standing(engine.roots.local, "web", id) == []
 
 
-async def taken(engine: Engine, guest: Guest, wishes: Wishes | None = None) -> str:
+async def taken(engine: Engine, guest: Guest, wishes: Wishes = PATIENT) -> str:
     return (await engine.create(Machine("web", guest.qmp, guest.agent), wishes)).id
 
 

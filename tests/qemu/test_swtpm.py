@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,16 @@ def test_what_is_written_meanwhile_is_told(short: Path) -> None:
     assert "no process" in gone.facts.trouble
 
 
+async def looked_at(path: Path) -> int:
+    """A descriptor of the swtpm at the socket *path*, which is there before the program is."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return os.pidfd_open(tpmstate.behind(path).pid)
+            except LocalFailed:
+                await asyncio.sleep(0.01)
+
+
 async def test_ours_ends_with_its_client_or_with_the_block(
     short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,13 +101,13 @@ async def test_ours_ends_with_its_client_or_with_the_block(
     wanted = swtpm.Wanted(short / "own.sock", True, "dir", one(short / "state"))
     for lifetime in ("with-us", "detached"):
         async with swtpm.serving(wanted, log=short / "log", lifetime=lifetime):
-            pidfd = os.pidfd_open(tpmstate.behind(wanted.socket).pid)
+            pidfd = await looked_at(wanted.socket)
             initialised(wanted.socket, data=True)
             assert select.select([pidfd], [], [], 30)[0]  # the client hung up
         os.close(pidfd)
         wanted.socket.unlink(missing_ok=True)
     async with swtpm.serving(wanted, log=short / "log", lifetime="with-us"):
-        pidfd = os.pidfd_open(tpmstate.behind(wanted.socket).pid)
+        pidfd = await looked_at(wanted.socket)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(wanted.socket))
     assert select.select([pidfd], [], [], 0)[0]
@@ -107,7 +117,7 @@ async def test_ours_ends_with_its_client_or_with_the_block(
         stack.enter_context(contextlib.suppress(ZeroDivisionError))
         ours = swtpm.serving(wanted, log=short / "log", lifetime="detached")
         await stack.enter_async_context(ours)
-        pidfd = os.pidfd_open(tpmstate.behind(wanted.socket).pid)
+        pidfd = await looked_at(wanted.socket)
         raise ZeroDivisionError
     assert select.select([pidfd], [], [], 0)[0]
     os.close(pidfd)
@@ -116,9 +126,7 @@ async def test_ours_ends_with_its_client_or_with_the_block(
 def test_what_is_told_to_start_by_hand_starts(short: Path) -> None:
     place = one(short / "state")
     wanted = swtpm.Wanted(short / "own.sock", True, "dir", place)
-    with subprocess.Popen(["setpriv", "--pdeathsig=KILL", *wanted.argv()]) as process:
-        while not wanted.socket.exists():
-            assert process.poll() is None
+    with tpm.started(["setpriv", "--pdeathsig=KILL", *wanted.argv()]) as process:
         assert wanted.socket.stat().st_mode & 0o777 == 0o600
         initialised(wanted.socket, data=True)
         assert process.wait(30) == 0

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,15 +38,35 @@ def swtpm(folder: Path, *more: str, state: Sequence[str] = ()) -> Iterator[Path]
         *(state or ("--tpmstate", "dir=state")),
         *("--ctrl=type=unixio,path=ctrl.sock", "--terminate", *more),
     ]
-    process = subprocess.Popen(words, cwd=folder)
+    with started(words, cwd=folder):
+        yield folder / "ctrl.sock"
+
+
+@contextmanager
+def started(words: Sequence[str], *, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that listens on a unix socket when the block begins, and is no more after it.
+
+    The socket's file is there before anybody listens, and a swtpm ends with its first client.
+    """
+    process = subprocess.Popen(words, cwd=cwd)
     try:
-        while not (folder / "ctrl.sock").exists():
+        while not _listens(process.pid):
             assert process.poll() is None
             time.sleep(0.005)
-        yield folder / "ctrl.sock"
+        yield process
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(pid: int) -> bool:
+    own = set()
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            own.add(str(one.readlink()))
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    accepts = "00010000"  # __SO_ACCEPTCON
+    return any(row[3] == accepts and f"socket:[{row[6]}]" in own for row in rows)
 
 
 async def extend(console: Console, byte: int) -> None:
