@@ -58,19 +58,18 @@ class AgentLine:
                         return
 
     def _answered(self, client: socket.socket, data: bytes) -> bool:
+        if not self.how:
+            client.sendall(data)
+            return True
+        self.happened += 1  # before a client that has not waited can be met
         match self.how:
-            case "":
-                client.sendall(data)
-                return True
             case "cut":
-                self.happened += 1
                 return False
             case "late":
                 time.sleep(3)
                 client.sendall(data)
             case "garbage":
                 client.sendall(b"\xff%&/ no JSON {\n")
-        self.happened += 1
         return True
 
 

@@ -99,8 +99,8 @@ async def _begun_held(session: Session, target: Target, events: Events) -> None:
     monitor = session.monitor
     async with bounded(session), runstate.stopped(monitor) as hold:
         await monitor.execute("migrate", {"uri": target.uri})
-        # its rate is a crawl: this is not over when it is looked at
-        await migration.reach(monitor, events, "active")
+        # its rate is a crawl; should the pass be over all the same, to let it run is to call it off
+        await migration.reach(monitor, events, "active", "pre-switchover")
         await hold.release()
 
 
