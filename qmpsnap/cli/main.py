@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
+    # numpy's library for matrices, of which we use none, reserves memory for each processor else
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     words = [*sys.argv[1:]] if argv is None else [*argv]
     try:
         code = app(words or ["--help"], prog_name="qmpsnap", standalone_mode=False)

@@ -15,6 +15,7 @@ from qmpsnap.cli.target import Call
 if TYPE_CHECKING:
     from qmpsnap.cli.render import Output
 
+_NO_MEMORY = "look at its limits (`ulimit -a`, its control group); `qmpsnap recover VM` then"
 Work = Callable[..., Coroutine[object, object, int | None]]
 
 
@@ -91,8 +92,16 @@ def _exit_code(call: Call, start: Callable[[], Coroutine[object, object, int | N
         out.failed("os-error", f"{where}{failed.strerror or failed}", "")
         return 4
     except Exception as bug:  # noqa: BLE001 - the last face before the user: one line, no traceback
-        out.unexpected(bug)
+        if _no_memory(bug):
+            out.failed("no-memory", "no memory is left for this process", _NO_MEMORY)
+        else:
+            out.unexpected(bug)
         return 4
+
+
+def _no_memory(failed: BaseException) -> bool:
+    """Python spells a thread that got no stack in words only."""
+    return isinstance(failed, MemoryError) or "can't start new thread" in str(failed)
 
 
 async def _until_signalled(
