@@ -19,16 +19,16 @@ from qmpsnap.shield import finish
 
 _BACKGROUND = "background-snapshot"
 _AT_WORK = {"setup", "active", "device", "cancelling", "failing"}
-_LOOKS_ONCE = 8  # the major version from which on QEMU looks for written pages after a pass, too
+_LOOKS_ONCE = 8  # the major version from which on that was not tried
 
 
 class Tracking(StrEnum):
     """How far QEMU can be trusted with what the guest writes while its RAM is saved in passes.
 
     An emulated guest's TLB goes on writing past a look for the pages that were written: before 9.0
-    QEMU does not empty it then, and what is written after its page was saved is lost (docs of
-    decision 0028). `one pass`: before 8.0 the only look while the guest runs is the first one, if
-    QEMU is not told to make more. KVM tracks by itself.
+    QEMU does not empty it then, and what is written after its page was saved is lost (decision
+    0028). `one pass`: before 8.0 the only look while the guest runs is the first one, if QEMU is
+    not told to make more. KVM tracks by itself.
     """
 
     SOUND = "sound"
