@@ -53,7 +53,7 @@ def ram_modes(facts: Survey, asked: RamChoice) -> tuple[tuple[RamMode, ...], str
         return (RamMode(asked.value),), "asked for"
     if tracking is Tracking.ONE_PASS:
         why = f"live, in one pass: in more, QEMU {facts.abilities.version} {_LOSES}"
-        return (RamMode.LIVE,), why
+        return (RamMode.LIVE,), f"{why}; background would not do: {trouble}" if trouble else why
     if trouble:
         return (RamMode.LIVE,), f"background would not do: {trouble}"
     if not facts.abilities.background_safe:

@@ -43,6 +43,9 @@ _wire.propagate = False  # what it reports reaches the caller as an exception
 _wire.addHandler(logging.NullHandler())
 
 
+# Seconds without an answer after which QEMU is out of reach. What takes long by its nature is a job
+# or a migration; a transaction drains and flushes disks, and may wait for slow ones.
+_SILENT = 120.0
 # QEMU may have gone first; and what the reader broke off at, odd words, is told again at the end
 _ON_LEAVING = (EOFError, OSError, QMPError, LookupError, TypeError, AttributeError, *UNREADABLE)
 
@@ -104,7 +107,8 @@ class Monitor:
 
         Cancelling this stops the waiting, not the command: QEMU runs what it has read.
 
-        Raises CommandRefused with QEMU's words, or MonitorLost (did it run? look before acting).
+        Raises CommandRefused with QEMU's words, or MonitorLost (did it run? look before acting). So
+        does a QEMU that is silent for two minutes: the session is over, another may be served.
         """
         return await self._executed(command, arguments, out_of_band=False)
 
@@ -121,7 +125,12 @@ class Monitor:
         self, command: str, arguments: Mapping[str, object] | None, *, out_of_band: bool
     ) -> Any:
         try:
-            return await self._client.execute(command, dict(arguments or {}), oob=out_of_band)
+            async with asyncio.timeout(_SILENT):
+                return await self._client.execute(command, dict(arguments or {}), oob=out_of_band)
+        except TimeoutError as silent:
+            self._cut()
+            told = f"{self.path}: no answer to {command} within {_SILENT:g} s"
+            raise MonitorLost(told) from silent
         except ExecuteError as refused:
             raise CommandRefused(command, refused.error_class, str(refused)) from refused
         except (ExecInterruptedError, StateError, OSError) as lost:
@@ -173,11 +182,15 @@ class Monitor:
         if not self._lost.done():
             self._lost.set_result(None)
 
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._mark_lost()
+
     async def _leave(self) -> None:
         self._watch.cancel()
         if self.told is not None:
-            with contextlib.suppress(OSError):  # who was told holds it too: closed it would go on
-                self._sock.shutdown(socket.SHUT_RDWR)
+            self._cut()  # who was told holds it too: closed it would go on
         with contextlib.suppress(*_ON_LEAVING):
             await self._client.disconnect()
         self._mark_lost()

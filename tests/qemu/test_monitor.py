@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from qmpsnap.errors import (
     QemuGone,
     ReplyMalformed,
 )
+from qmpsnap.hypervisor import monitor as door
 from qmpsnap.hypervisor.monitor import Monitor, connect, settle
 from tests.rig.qemu import Running, running
 from tests.rig.wire import Fault, Wire, wired, witness
@@ -83,6 +86,25 @@ async def test_who_waits_for_an_event_hears_of_the_end(machine: Running) -> None
         assert monitor.lost
         with pytest.raises(MonitorLost):
             await monitor.execute("query-status")
+
+
+async def test_a_qemu_that_does_not_answer_is_not_waited_for_without_end(
+    machine: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "_SILENT", 0.5)
+    async with connect(machine.qmp) as monitor:
+        await monitor.execute("query-status")
+        os.kill(machine.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(MonitorLost, match="no answer to query-status"):
+                await monitor.execute("query-status")
+        finally:
+            os.kill(machine.pid, signal.SIGCONT)
+        assert monitor.lost
+        # its place is free: what is owed is paid over another session
+        assert await settle(monitor, _stop) == "paid"
+    with witness(machine.witness) as eye:
+        assert eye.status == "paused"
 
 
 async def _stop(monitor: Monitor) -> str:
