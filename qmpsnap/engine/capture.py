@@ -131,5 +131,5 @@ class Shot:
                 await paused(session, file, self.fix)
             else:
                 one_pass = self.abilities.tracking is Tracking.ONE_PASS
-                aim = live.Aim(self.plan.pause, self.plan.budget, last, one_pass)
+                aim = live.Aim(self.plan.pause, self.plan.budget, stretch=last, one_pass=one_pass)
                 await live.live(session, file, self.fix, aim)

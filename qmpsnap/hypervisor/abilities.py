@@ -54,7 +54,7 @@ class Abilities:
     background_trouble: str
     background_safe: bool
     stays_paused: bool
-    tracking: Tracking = Tracking.SOUND
+    tracking: Tracking
 
 
 class _Number(msgspec.Struct, frozen=True):

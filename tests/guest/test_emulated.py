@@ -52,7 +52,6 @@ async def test_no_write_is_lost(qemu: Path, short: Path, store: Path, quiesce: Q
             assert made.ram == "live"
             image = (short / "local/web/ram" / made.id / "0.pages").read_bytes()
             assert of_one_instant(rounds(image)), rounds(image)
-        assert not [line for line in guest.console.past.splitlines() if "HOT BAD" in line]
     async with back(engine, "web", Restoration(short / "back")) as (_, console):
         assert (await console.witness(within=60)).ok
         assert "HOT BAD" not in console.past

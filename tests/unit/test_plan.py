@@ -62,8 +62,8 @@ def _inventory(*devices: str) -> Inventory:
     )
 
 
-_NEW = Abilities("10.0.2", "", True, True, "", True, True)
-_OLD = Abilities("7.2.22", "", False, True, "", False, False)
+_NEW = Abilities("10.0.2", "", True, True, "", True, True, Tracking.SOUND)
+_OLD = Abilities("7.2.22", "", False, True, "", False, False, Tracking.SOUND)
 _EMULATED = replace(_OLD, tracking=Tracking.ONE_PASS)
 _BETWEEN = Abilities("8.2.2", "", True, True, "", True, False, Tracking.UNSOUND)
 

@@ -46,7 +46,6 @@ _CONTINUABLE = {RunState.PAUSED, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE}
 # migration states in which QEMU itself lets the guest run once it is told to cancel
 _HOLDING = {"pre-switchover", "device"}
 _LOOK_AGAIN = 0.001  # seconds
-_RETRY_WITHIN = 10.0
 _AT_ONCE = 3  # refusals after which it is worth the time to ask for the reason
 
 
@@ -80,10 +79,9 @@ async def io_retried(monitor: Monitor) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        with suppress(SnapError, TimeoutError):
-            async with asyncio.timeout(_RETRY_WITHIN):
-                if running and await retry_io(monitor):
-                    log.warning("QEMU had stopped the guest: a write of its own had failed")
+        with suppress(SnapError):
+            if running and await retry_io(monitor):
+                log.warning("QEMU had stopped the guest: a write of its own had failed meanwhile")
 
 
 class Hold:

@@ -43,7 +43,7 @@ class Aim:
     pause: float
     budget: float
     stretch: bool
-    one_pass: bool = False
+    one_pass: bool
 
 
 async def live(session: Session, target: Target, fix: Fix, aim: Aim) -> None:
